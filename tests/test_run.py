@@ -1,0 +1,262 @@
+"A run survives what happens to machines: kill -9, full disks, half-written files, wrong arguments."
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from wmpo_nb.presets import UserError, WorldModelTrainConfig, load_preset
+from wmpo_nb.run import (EMA, Checkpointer, Ledger, Optimizers, Run, atomic_write, command, is_block_matrix,
+                         learning_rate_at, load_into, load_metrics, load_weights, make_optimizer, parse_preset,
+                         preset_parser, read_metrics, save_weights)
+
+TRAIN = """
+import random, sys
+import numpy as np, torch
+from torch import nn
+from accelerate import Accelerator
+from wmpo_nb.presets import WorldModelTrainConfig, load_preset
+from wmpo_nb.run import EMA, Checkpointer, Run, make_optimizer, optimizer_step, save_weights
+
+output, resume = sys.argv[1], "--resume" in sys.argv
+config = WorldModelTrainConfig(steps=60, warmup_steps=5, decay_steps=20, ema=0.9)
+run = Run(output, load_preset("tiny_lift"), "test", seed=0, resume=resume)
+torch.manual_seed(0); np.random.seed(0); random.seed(0)
+model = nn.ModuleDict({"embed": nn.Linear(4, 8), "blocks": nn.ModuleList([nn.Linear(8, 8)]), "head": nn.Linear(8, 1)})
+generator, accelerator = torch.Generator().manual_seed(0), Accelerator(cpu=True)
+optimizer, ema = make_optimizer(model.named_parameters(), config), EMA(model, config.ema)
+model, optimizer = accelerator.prepare(model, optimizer)
+checkpointer = Checkpointer(run.folder / "checkpoints", every=10).register(
+    model=model, optimizer=optimizer, ema=ema, generator=generator, ledger=run.ledger)
+start = checkpointer.restore()
+run.rewind("tiny", start)
+with run.stage("tiny"):
+    for step in range(start, config.steps):
+        noise = random.random() + np.random.rand() + torch.rand(())          # the three global generators
+        x = torch.randn(16, 4, generator=generator)
+        hidden = torch.relu(model["blocks"][0](model["embed"](x)))
+        loss = (model["head"](hidden) - x.sum(1, keepdim=True) - 0.01 * noise).square().mean()
+        optimizer_step(accelerator, loss, model, optimizer, step, config, checkpointer)
+        ema.update(model)
+        run.ledger.add(optimiser_steps=1)
+        run.log("tiny", step, loss=loss)
+        checkpointer.maybe_save(step + 1)
+        print(step, flush=True)
+ema.copy_to(model)
+save_weights(run.folder / "weights.safetensors", model, config=config)
+"""
+
+
+def start(output, *arguments):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", TRAIN, str(output), *arguments], stdout=subprocess.PIPE, text=True,
+                            env=environment)
+
+
+def without_seconds(folder):
+    ledger = json.loads((folder / "ledger.json").read_text())
+    assert list(ledger.pop("seconds")) == ["tiny"]
+    return ledger
+
+
+def test_kill_minus_nine_changes_nothing(tmp_path):
+    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
+    assert start(unbroken).communicate() and (unbroken / "weights.safetensors").exists()
+    process = start(killed)
+    for line in process.stdout:
+        if int(line) >= 33: break
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert not (killed / "weights.safetensors").exists()
+    steps = [int(line) for line in start(killed, "--resume").communicate()[0].split()]
+    assert steps[0] >= 30 and steps[0] % 10 == 0 and steps[-1] == 59    # went on from a checkpoint
+    assert (killed / "weights.safetensors").read_bytes() == (unbroken / "weights.safetensors").read_bytes()
+    assert read_metrics(killed) == read_metrics(unbroken)
+    assert without_seconds(killed) == without_seconds(unbroken)
+
+
+def test_atomic_write_keeps_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), atomic_write(path) as temporary:
+        temporary.write_text("ne")
+        raise ZeroDivisionError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with atomic_write(path) as temporary: temporary.write_text("new")
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_weights_round_trip(tmp_path):
+    layer = nn.Linear(3, 2)
+    tied = {"a": layer.weight, "b": layer.weight, "count": torch.tensor(3)}
+    path = tmp_path / "w.safetensors"
+    save_weights(path, tied, config={"patch_size": (1, 2, 2)}, metrics={"f1": 0.5}, dtype=torch.bfloat16)
+    state, config = load_weights(path)
+    assert config == {"patch_size": (1, 2, 2)} and load_metrics(path) == {"f1": 0.5}
+    assert state["a"].dtype == torch.bfloat16 and state["count"].dtype == torch.int64
+    assert torch.equal(state["a"], state["b"]) and torch.equal(state["a"], layer.weight.detach().bfloat16())
+    config = WorldModelTrainConfig(steps=7)
+    save_weights(path, layer, config=config)
+    assert WorldModelTrainConfig(**load_weights(path)[1]) == config
+
+
+def test_bad_weights_are_the_users_error(tmp_path):
+    path = tmp_path / "w.safetensors"
+    with pytest.raises(UserError, match="not found.*--from-scratch"): load_weights(path)
+    save_weights(path, nn.Linear(300, 20), config={})
+    whole = path.read_bytes()
+    for damaged in (whole[:-1], whole[:100], whole[:5], b"", b"not safetensors at all"):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="truncated"): load_weights(path)
+        with pytest.raises(UserError, match="truncated"): load_metrics(path)
+    path.write_bytes(whole)
+    with pytest.raises(UserError, match=re.escape("'weight' is (20, 300) in the file and (20, 30) in the network")):
+        load_into(nn.Linear(30, 20), path)
+    with pytest.raises(UserError, match="'bias' is not in the network"): load_into(nn.Linear(300, 20, bias=False), path)
+    with pytest.raises(UserError, match="'0.weight' is missing"): load_into(nn.Sequential(nn.Linear(300, 20)), path)
+    load_into(nn.Linear(300, 20, bias=False), path, strict=False)
+
+
+def test_checkpoints_are_complete_or_absent(tmp_path):
+    layer = nn.Linear(2, 2)
+    checkpointer = Checkpointer(tmp_path, every=5, keep=2).register(layer=layer)
+    checkpointer.extra = {"threshold": 0.25}
+    assert checkpointer.restore() == 0
+    for step in range(1, 21): checkpointer.maybe_save(step)
+    assert [path.name for path in checkpointer.saved()] == ["step_000015", "step_000020"]
+    (tmp_path / "step_000025.tmp").mkdir()                       # killed while writing
+    (tmp_path / "step_000020/state.pt").write_bytes(b"damaged")  # and a disk that lies
+    fresh = Checkpointer(tmp_path, every=5).register(layer=nn.Linear(2, 2))
+    assert fresh.restore() == 15 and fresh.extra == {"threshold": 0.25}
+    assert torch.equal(fresh.objects["layer"].weight, layer.weight)
+    fresh.save(25)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_checkpoint_of_something_else_is_the_users_error(tmp_path):
+    Checkpointer(tmp_path, every=1).register(layer=nn.Linear(2, 2)).save(1)
+    with pytest.raises(UserError, match="does not fit 'layer'"):
+        Checkpointer(tmp_path, every=1).register(layer=nn.Linear(2, 3)).restore()
+    with pytest.raises(UserError, match="delete it"): Checkpointer(tmp_path, every=1).register(other=nn.Linear(2, 2)).restore()
+
+
+def test_ema_is_the_weighted_mean_of_the_weights():
+    layer, values = nn.Linear(1, 1, bias=False), [3.0, -1.0, 4.0, 1.5]
+    nn.init.constant_(layer.weight, 2.0)
+    ema, expected = EMA(layer, 0.2), 2.0
+    for n, value in enumerate(values):
+        nn.init.constant_(layer.weight, value)
+        ema.update(layer)
+        decay = min(0.2, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * value
+    other = EMA(nn.Linear(1, 1, bias=False), 0.2)
+    other.load_state_dict(ema.state_dict())
+    other.copy_to(layer)
+    assert layer.weight.item() == pytest.approx(expected) and other.updates == 4
+
+
+def test_ema_of_half_precision_weights_is_kept_in_float32():
+    layer = nn.Linear(1, 1, bias=False).bfloat16()
+    nn.init.constant_(layer.weight, 1.0)
+    ema = EMA(layer, 0.9999)
+    ema.updates = 10**6
+    nn.init.constant_(layer.weight, 2.0)
+    ema.update(layer)
+    assert ema.average["weight"].item() == pytest.approx(1.0001, abs=1e-6)    # in bfloat16 it would stay 1
+
+
+def test_learning_rate_without_warmup_or_decay_is_constant():
+    config = WorldModelTrainConfig(steps=10, warmup_steps=0, decay_steps=0)
+    assert {learning_rate_at(step, config) for step in range(10)} == {config.learning_rate}
+
+
+def test_muon_takes_block_matrices_only():
+    names = ("spatial_blocks.0.attn.qkv.weight", "temporal_blocks.3.mlp.fc1.weight", "model.layers.1.mlp.up_proj.weight")
+    assert all(is_block_matrix(name, torch.zeros(2, 2)) for name in names)
+    others = ("spatial_blocks.0.scale_shift_table", "t_block.1.weight", "x_embedder.proj.weight", "lm_head.weight")
+    assert not any(is_block_matrix(name, torch.zeros(2, 2)) for name in others)
+    assert not is_block_matrix("blocks.0.norm.weight", torch.zeros(2))
+
+
+def test_optimizers_share_no_parameter_and_skip_frozen_ones():
+    model = nn.ModuleDict({"head": nn.Linear(4, 4), "blocks": nn.ModuleList([nn.Linear(4, 4)])})
+    model["head"].bias.requires_grad_(False)
+    optimizer = make_optimizer(model.named_parameters(), WorldModelTrainConfig())
+    assert isinstance(optimizer, Optimizers)
+    parameters = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert len(parameters) == len(set(parameters)) == 3
+    with pytest.raises(UserError, match="adamw or muon"):
+        make_optimizer(model.named_parameters(), WorldModelTrainConfig(optimizer="sgd"))
+
+
+def test_ledger_counts_lost_work_once_and_stages_add_up():
+    ledger = Ledger()
+    with ledger.clock("outer"):
+        ledger.add(imagined_frames=8)
+        with ledger.clock("inner"): pass
+    state = ledger.state_dict()
+    ledger.add(imagined_frames=100)
+    ledger.load_state_dict(state)
+    assert ledger.imagined_frames == 8 and set(ledger.seconds) == {"outer", "inner"}
+
+
+def test_run_folder_defends_itself(tmp_path):
+    preset = load_preset("tiny_lift")
+    run = Run(tmp_path / "run", preset, "wmpo-sft")
+    with run.stage("a"): run.ledger.add(real_trajectories=3)
+    run.done("a")
+    run.log("a", 0, loss=float("nan"))
+    assert read_metrics(run.folder) == [{"stage": "a", "step": 0, "loss": None}]
+    with pytest.raises(UserError, match="--resume"): Run(tmp_path / "run", preset, "wmpo-sft")
+    other = load_preset("tiny_lift", {"grpo.group_size": "4"})
+    with pytest.raises(UserError, match="preset.grpo.group_size was 8 and is now 4"):
+        Run(tmp_path / "run", other, "wmpo-sft", resume=True)
+    again = Run(tmp_path / "run", preset, "wmpo-sft", resume=True)
+    assert again.is_done("a") and again.ledger.real_trajectories == 3
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write"): Run(tmp_path / "file/run", preset, "wmpo-sft")
+
+
+def test_an_interrupted_stage_is_not_booked(tmp_path):
+    run = Run(tmp_path, load_preset("tiny_lift"), "wmpo-collect")
+    with pytest.raises(KeyboardInterrupt), run.stage("collect"):
+        run.ledger.add(real_trajectories=3)
+        raise KeyboardInterrupt
+    assert Run(tmp_path, run.preset, "wmpo-collect", resume=True).ledger.real_trajectories == 0
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--sed", "3"], "Did you mean '--seed'"), (["--grpo.groupsize", "3"], "Did you mean 'grpo.group_size'"),
+    (["--grpo.group_size"], "needs a value"), (["--grpo.group_size", "some"], "grpo.group_size"),
+    (["stray"], "unknown argument 'stray'"), (["--preset", "tiny"], "unknown preset")])
+def test_a_typo_is_answered_before_any_work(arguments, message):
+    with pytest.raises(UserError, match=re.escape(message)): parse_preset(preset_parser("wmpo-x", "", ""), arguments)
+
+
+def test_overrides_reach_the_preset():
+    args, preset = parse_preset(preset_parser("wmpo-x", "", ""), [
+        "--grpo.clip_low=0.1", "--policy.center_crop", "1", "--stdit.text_weights", "true", "--resume"])
+    assert args.resume and (preset.grpo.clip_low, preset.policy.center_crop, preset.stdit.text_weights) == (0.1, 1.0, True)
+
+
+@pytest.mark.parametrize("error, code, message", [
+    (UserError("do this"), 2, "do this"), (OSError(28, "No space left on device", "f"), 2, "No space left on device: f"),
+    (KeyboardInterrupt(), 130, "--resume")])
+def test_command_answers_in_one_line(error, code, message, capsys):
+    @command
+    def main(argv=None): raise error
+    assert main([]) == code
+    printed = capsys.readouterr().err
+    assert message in printed and printed.count("\n") == 1
+
+
+def test_command_keeps_the_traceback_of_a_bug():
+    @command
+    def main(argv=None): return 1 / 0
+    with pytest.raises(ZeroDivisionError): main([])
