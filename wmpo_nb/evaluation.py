@@ -37,7 +37,7 @@ def mcnemar(before: Tensor, after: Tensor) -> float:
 
 # %% ../nbs/15_evaluation.ipynb #e5c54efc
 def outcome_correlation(before: Tensor, after: Tensor) -> float:
-    "Phi coefficient of paired outcomes bool [n], continuity-corrected if positive; 0 without variation. (Newcombe 1998)"
+    "Phi of paired outcomes bool [n], continuity-corrected if positive; 0 without variation. (Newcombe 1998)"
     both, neither = int((before & after).sum()), int((~before & ~after).sum())
     won, lost = int((after & ~before).sum()), int((before & ~after).sum())
     spread = math.sqrt((both + lost) * (won + neither) * (both + won) * (lost + neither))
@@ -95,7 +95,7 @@ def evaluate(policy, world, states: list[InitialState], *, chunks: int, batch: i
 
 # %% ../nbs/15_evaluation.ipynb #e7ac732c
 def relative_length(base: Evaluation, other: Evaluation) -> float:
-    "Mean `finish_step` of the successes of `other` in percent of `base`'s; NaN if either never succeeds. (paper, Fig. 5)"
+    "Mean `finish_step` of successes of `other` in percent of `base`'s; NaN if either has none. (paper, Fig. 5)"
     lengths = [e.finish_step[e.success].float().mean() for e in (base, other)]
     return float(100 * lengths[1] / lengths[0])
 
@@ -105,7 +105,7 @@ def success_row(name: str, evaluation: Evaluation, base: Evaluation | None = Non
     (low, high), won, n = evaluation.interval, int(evaluation.success.sum()), len(evaluation.success)
     cells = [name, f"{100 * evaluation.rate:.1f} % ({won}/{n})", f"{100 * low:.1f} to {100 * high:.1f}"]
     if base is None: return "| " + " | ".join(cells + ["", "", ""]) + " |"
-    if not torch.equal(base.state_id, evaluation.state_id): raise ValueError("compare the same starts in the same order")
+    if not torch.equal(base.state_id, evaluation.state_id): raise ValueError("compare the same starts, in one order")
     difference, low, high = (100 * x for x in paired_difference(base.success, evaluation.success))
     length = relative_length(base, evaluation)
     cells += [f"{difference:+.1f} ({low:+.1f} to {high:+.1f})", f"{mcnemar(base.success, evaluation.success):.3g}",
@@ -183,10 +183,10 @@ def agreement(real: TrajectoryBatch, dreamt: TrajectoryBatch) -> Agreement:
 # %% ../nbs/15_evaluation.ipynb #9604e595
 def _evaluate_all(policies: dict, preset, seed: int, path: Path) -> dict[str, Evaluation]:
     "Evaluations by name in the real simulator, kept in `path` as they come; those already there are not repeated."
-    from wmpo_nb.simulator import Simulator, initial_states    # needs the simulator's packages
+    from wmpo_nb.simulator import Simulator    # needs the simulator's packages
     done = json.loads(path.read_text()) if path.exists() else {}
     with Simulator(preset.task, every_frame=False) as simulator:
-        states = initial_states(simulator, seeds_for("test", preset.evaluation.states, seed))
+        states = [InitialState(i, None) for i in seeds_for("test", preset.evaluation.states, seed)]
         for name in [name for name in policies if name not in done]:
             done[name] = evaluate(policies[name], simulator, states, chunks=preset.task.chunks,
                                   progress=lambda batches: progress(batches, name)).to_dict()
@@ -201,7 +201,7 @@ def main(argv=None):
                            "wmpo-evaluate --preset tiny_lift --policy runs/train/policy --output runs/evaluation\n"
                            "wmpo-evaluate --preset tiny_lift --policy runs/train/policy --baseline runs/sft/policy "
                            "--output runs/evaluation --evaluation.states 64")
-    parser.add_argument("--policy", required=True, metavar="DIR", help="folder of the policy, from wmpo-train or wmpo-sft")
+    parser.add_argument("--policy", required=True, metavar="DIR", help="the policy's folder, from wmpo-train or wmpo-sft")
     parser.add_argument("--baseline", metavar="DIR", help="folder of the policy it is compared with")
     args, preset = parse_preset(parser, argv)
     folders = {"baseline": args.baseline, "policy": args.policy} if args.baseline else {"policy": args.policy}
@@ -209,7 +209,8 @@ def main(argv=None):
     policies = {name: OpenVLAOFT.from_pretrained(folder, preset.policy, preset.task.instruction).to(device)
                 for name, folder in folders.items()}
     run = Run(args.output, preset, "wmpo-evaluate", args.seed, args.resume)
-    with run.stage("evaluate"): evaluations = _evaluate_all(policies, preset, args.seed, run.folder / "evaluations.json")
+    with run.stage("evaluate"):
+        evaluations = _evaluate_all(policies, preset, args.seed, run.folder / "evaluations.json")
     table = success_table(evaluations)
     with atomic_write(run.folder / "evaluation.md") as temporary: temporary.write_text(table + "\n")
     print(table)

@@ -6,7 +6,7 @@ __all__ = ['PIXEL_STATISTICS', 'BOS', 'PLACEHOLDER', 'STOP', 'action_ids', 'toke
            'attention', 'VisionAttention', 'VisionMLP', 'LayerScale', 'VisionBlock', 'AttentionPool', 'PatchEmbedding',
            'VisionTransformer', 'VisionBackbone', 'Projector', 'rotary_angles', 'rotate', 'RMSNorm', 'LlamaAttention',
            'LlamaMLP', 'LlamaLayer', 'Llama', 'LanguageModel', 'encode_prompt', 'compact', 'bfloat16_is_fast',
-           'OpenVLAOFT', 'token_log_probs', 'sample_tokens']
+           'initialize', 'OpenVLAOFT', 'token_log_probs', 'sample_tokens']
 
 # %% ../nbs/04_policy.ipynb #c402f030
 import io, json
@@ -331,6 +331,16 @@ def bfloat16_is_fast(device: torch.device) -> bool:
     return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
 
 # %% ../nbs/04_policy.ipynb #2d02b3c1
+def initialize(module: nn.Module):
+    "Random start of one layer: variance-preserving weights, no biases, audible positions, nearly equal chances for all words."
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+        if module.bias is not None: nn.init.zeros_(module.bias)
+    if isinstance(module, nn.Embedding): nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, VisionTransformer): nn.init.normal_(module.pos_embed, std=0.5)
+    if isinstance(module, LanguageModel): nn.init.normal_(module.lm_head.weight, std=0.02)
+
+# %% ../nbs/04_policy.ipynb #420e8f32
 class OpenVLAOFT(nn.Module):
     """Discrete OpenVLA-OFT: frames uint8 [B, H, W, 3] to chunks of `chunk_size` actions (paper 3.1, reference 7).
 
@@ -345,6 +355,7 @@ class OpenVLAOFT(nn.Module):
         self.language_model = LanguageModel(config)
         self.action_tokens = config.chunk_size * config.action_dim
         self.bfloat16, self._prompt = True, None
+        self.apply(initialize)
 
     @property
     def device(self) -> torch.device: return self.language_model.lm_head.weight.device
@@ -471,7 +482,8 @@ def from_pretrained(cls: OpenVLAOFT, folder, config: PolicyConfig | None = None,
     "The policy in `folder`. Raises `UserError` when a file is missing or its keys and shapes are not exactly the configuration's."
     folder = Path(folder)
     if config is None: config, instruction = _read_config(folder)
-    with torch.device("meta"): policy = cls(config, load_stats(folder / "dataset_statistics.json"), instruction, folder)
+    stats = load_stats(folder / "dataset_statistics.json")
+    with torch.device("meta"): policy = cls(config, stats, instruction, folder)
     weights = {name: tensor.to(dtype) for name, tensor in _read_weights(folder).items()}
     try: policy.load_state_dict(weights, strict=True, assign=True)
     except RuntimeError as error: raise UserError(f"{folder} does not hold this policy: {str(error).splitlines()[1].strip()}")

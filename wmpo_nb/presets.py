@@ -36,12 +36,12 @@ class TaskConfig:
 @dataclass(frozen=True)
 class VAEConfig:
     "diffusers `AutoencoderKL`. The SDXL VAE at the paper's size."
-    latent_channels: int = 8
-    block_out_channels: tuple = (16, 16, 32, 64)       # one entry per resolution; each but the last halves it
+    latent_channels: int = 4
+    block_out_channels: tuple = (8, 16, 32)           # one entry per resolution; each but the last halves it
     layers_per_block: int = 1
-    norm_num_groups: int = 8
+    norm_num_groups: int = 1                            # one group is the fastest on a CPU; 32 in SDXL
     scaling_factor: float = 1.0                        # latents = mean * scaling_factor, about unit variance
-    mid_block_add_attention: bool = True
+    mid_block_add_attention: bool = False
     micro_batch_size: int = 16                         # frames per call, bounds memory (64 upstream; 16 stays in a CPU's cache)
 
 # %% ../nbs/00_presets.ipynb #6a3895ed
@@ -52,8 +52,8 @@ class STDiTConfig:
     hidden_size: int = 192
     num_heads: int = 6
     mlp_ratio: float = 4.0
-    in_channels: int = 8                               # latent channels
-    patch_size: tuple = (1, 2, 2)
+    in_channels: int = 4                               # latent channels
+    patch_size: tuple = (1, 4, 4)
     action_dim: int = 7
     input_sq_size: int = 512                           # image side at which position 1 means 1 patch (2D sin-cos)
     context_timestep: float = 50.0                     # constant timestep shown to context frames (15 in the released weights, 50 in the paper)
@@ -70,7 +70,7 @@ class WorldModelConfig:
     chunk_size: int = 8                                # frames generated per call, K
     flow_steps: int = 8                                # Euler steps from noise to frames
     context_noise: float = 50.0                        # noise on context frames while training, of 1000 (15 released, 50 paper)
-    timestep_shift: float = 1.0                        # t' = s t / (1 + (s - 1) t): above 1 spends more training on noisy frames
+    timestep_shift: float = 2.0                        # t' = s t / (1 + (s - 1) t): above 1 spends more training on noisy frames
     image_size: int = 64                               # pixels, the nominal size the position embedding is scaled by
 
 # %% ../nbs/00_presets.ipynb #07fb0609
@@ -92,7 +92,7 @@ class PolicyConfig:
     chunk_size: int = 8
     action_dim: int = 7
     bins: int = 256
-    prompt: str = "{instruction}"                      # the paper's: "In: What action should the robot take to {instruction}?\nOut:"
+    prompt: str = "{instruction}?\n"                   # the paper's: "In: What action should the robot take to {instruction}?\nOut:"
     tokenizer: str = "bytes"                           # "bytes": id = byte + 3; "pretrained": the tokenizer files beside the weights
     center_crop: float = 1.0                           # area kept of the frame (0.9 in the paper)
     jpeg_and_lanczos: bool = False                     # upstream's image path in imagination
@@ -103,17 +103,18 @@ class RewardConfig:
     "VideoMAE success classifier on short clips and the rule that turns clip scores into a verdict."
     clip_length: int = 8                               # frames per clip, L in the paper
     image_size: int = 64                               # classifier input side, pixels
-    patch_size: int = 8
-    hidden_size: int = 96
+    patch_size: int = 16
+    hidden_size: int = 128
     num_layers: int = 4
-    num_heads: int = 3
-    intermediate_size: int = 384
+    num_heads: int = 4
+    intermediate_size: int = 512
     use_mean_pooling: bool = True
     image_mean: tuple = (0.5, 0.5, 0.5)                # (0.485, 0.456, 0.406) when scoring with the released weights, see O7
     image_std: tuple = (0.5, 0.5, 0.5)
     threshold: float = 0.5                             # a clip at or above it is a success; selected on held-out clips when trained
     first_clip_end: int = 8                            # no verdict on clips ending before this frame (108 upstream)
     clip_stride: int = 1                               # frames between scored clips
+    last_clip_counts: bool = True                      # upstream ignores a success first seen in the very last frame
 
 # %% ../nbs/00_presets.ipynb #052cd7ed
 @dataclass(frozen=True)
@@ -127,32 +128,34 @@ class CollectConfig:
 class SFTConfig:
     "Behaviour cloning of the base policy on scripted demonstrations."
     demonstrations: int = 200
-    steps: int = 1500
-    batch_size: int = 64
+    steps: int = 4000
+    batch_size: int = 16
     learning_rate: float = 1e-3
+    optimizer: str = "muon"                            # "muon" (block matrices; AdamW on the rest) or "adamw"
+    muon_learning_rate: float = 0.01
     weight_decay: float = 0.01
     warmup_steps: int = 100
-    decay_steps: int = 1500                            # linear cool-down to zero over the last steps
+    decay_steps: int = 2000                            # linear cool-down to zero over the last steps
     ema: float = 0.995                                 # average of the weights that becomes the policy
     label_sigma: float = 3.0                           # Gaussian smoothing of the 256-bin targets, bins (0: plain one-hot)
     image_shift: int = 2                               # random translation, pixels
     grad_clip: float = 1.0
     log_every: int = 25
-    checkpoint_every: int = 250
+    checkpoint_every: int = 500
 
 # %% ../nbs/00_presets.ipynb #7cd59f8c
 @dataclass(frozen=True)
 class VAETrainConfig:
     "Training of the tiny VAE (the paper's is downloaded)."
-    steps: int = 3000
-    batch_size: int = 32                               # frames
-    learning_rate: float = 1e-3
-    kl_weight: float = 1e-6
-    edge_weight: float = 1.0                           # weight of the image-gradient loss: keeps small objects sharp
+    steps: int = 6000
+    batch_size: int = 8                                # frames
+    learning_rate: float = 3e-3
+    kl_weight: float = 1e-7
+    edge_weight: float = 0.025                         # weight of the image-gradient loss: keeps small objects sharp
     latent_noise: float = 0.1                          # largest disturbance the decoder sees, in units of the latents' spread
     weight_decay: float = 0.0
     warmup_steps: int = 100
-    decay_steps: int = 1000                            # linear cool-down to zero over the last steps
+    decay_steps: int = 2000                             # linear cool-down to zero over the last steps
     ema: float = 0.999
     grad_clip: float = 1.0
     log_every: int = 50
@@ -162,11 +165,11 @@ class VAETrainConfig:
 @dataclass(frozen=True)
 class WorldModelTrainConfig:
     "World-model optimisation; used for pre-training and, with fewer steps, for alignment."
-    steps: int = 6000
-    batch_size: int = 64                               # windows of context + chunk frames
+    steps: int = 3000
+    batch_size: int = 32                               # windows of context + chunk frames
     optimizer: str = "muon"                            # "muon" (block matrices; AdamW on the rest) or "adamw" (the paper)
-    learning_rate: float = 1e-3                        # of AdamW's share
-    muon_learning_rate: float = 0.02
+    learning_rate: float = 4e-3                        # of AdamW's share
+    muon_learning_rate: float = 0.05
     weight_decay: float = 0.0
     warmup_steps: int = 100
     decay_steps: int = 1000                            # linear cool-down to zero over the last steps
@@ -186,6 +189,14 @@ class RewardTrainConfig:
     weight_decay: float = 0.01
     warmup_steps: int = 50
     held_out_share: float = 0.25                       # of the trajectories, for F1 and the threshold
+    margin: int = 3                                    # steps before success whose clips are neither positive nor negative
+    hard_steps: int = 12                               # steps before that, drawn more often as negatives
+    image_shift: int = 2                               # augmentation: random translation, pixels
+    jitter: float = 0.08                               # brightness and contrast, share of the full range
+    pixel_noise: float = 0.02                          # standard deviation, share of the full range
+    decay_steps: int = 200                             # linear cool-down to zero over the last steps
+    ema: float = 0.99
+    grad_clip: float = 1.0
     log_every: int = 25
     checkpoint_every: int = 200
 
@@ -220,9 +231,10 @@ class EvaluationConfig:
 class PretrainDataConfig:
     "The miniature of OXE: scripted data of several tasks and qualities, never the P trajectories."
     tasks: tuple = ("lift", "stack")
-    demonstrations: int = 300                          # per task, clean and noisy experts
-    near_misses: int = 500                             # per task, expert with a displaced grasp
-    play: int = 200                                    # per task, smooth random actions
+    demonstrations: int = 150                          # trials of the first task: expert with noisy execution
+    near_misses: int = 500                             # ... expert with a displaced grasp, retried
+    play: int = 100                                    # ... random targets around the objects
+    other_tasks_share: float = 0.25                    # of these counts, for each further task
 
 # %% ../nbs/00_presets.ipynb #674b58f6
 @dataclass(frozen=True)
@@ -277,9 +289,10 @@ def _paper_training() -> dict:
                                  warmup_steps=1000, decay_steps=0, checkpoint_every=1000)
     return dict(
         pretraining=flow, alignment=flow,
-        sft=SFTConfig(demonstrations=300, steps=150_000, batch_size=64, learning_rate=5e-4, label_sigma=0.0, decay_steps=0, ema=0.0,
-                      checkpoint_every=1000),
-        reward_training=RewardTrainConfig(steps=200_000, learning_rate=1e-4, weight_decay=1e-4, checkpoint_every=500),
+        sft=SFTConfig(demonstrations=300, steps=150_000, batch_size=64, optimizer="adamw", learning_rate=5e-4,
+                      label_sigma=0.0, decay_steps=0, ema=0.0, checkpoint_every=1000),
+        reward_training=RewardTrainConfig(steps=200_000, learning_rate=1e-4, weight_decay=1e-4, warmup_steps=0, decay_steps=0,
+                                          checkpoint_every=500),
         grpo=GRPOConfig(iterations=100, groups=64, mini_batch=128, micro_batch=1, learning_rate=5e-6),
         evaluation=EvaluationConfig(states=128))
 
@@ -290,10 +303,10 @@ def _paper_preset(task: str, budget: int) -> Preset:
         name=f"{task}_{budget}",
         task=TaskConfig(name=task, instruction=instruction, horizon=horizon, image_size=256, supersample=1, idle_steps=10),
         vae=VAEConfig(latent_channels=4, block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32,
-                      scaling_factor=0.13025, micro_batch_size=64),
-        stdit=STDiTConfig(depth=28, hidden_size=1152, num_heads=16, in_channels=4, context_timestep=15.0, text_weights=True,
+                      scaling_factor=0.13025, mid_block_add_attention=True, micro_batch_size=64),
+        stdit=STDiTConfig(depth=28, hidden_size=1152, num_heads=16, in_channels=4, patch_size=(1, 2, 2), context_timestep=15.0, text_weights=True,
                           bf16_positions=True),
-        world_model=WorldModelConfig(flow_steps=30, context_noise=15.0, image_size=256),
+        world_model=WorldModelConfig(flow_steps=30, context_noise=15.0, timestep_shift=1.0, image_size=256),
         policy=_paper_policy(),
         reward=RewardConfig(image_size=224, patch_size=16, hidden_size=768, num_layers=12, num_heads=12, intermediate_size=3072,
                             threshold=threshold, first_clip_end=108, image_mean=(0.485, 0.456, 0.406),

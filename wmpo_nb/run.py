@@ -216,7 +216,7 @@ def check_finite(loss: float, step: int, checkpointer=None):
 def optimizer_step(accelerator, loss, model, optimizer, step: int, config, checkpointer=None) -> float:
     """Back-propagate `loss`, clip to `config.grad_clip`, and take one step at the scheduled learning rate.
 
-    `step` counts from 0. Returns the gradient's norm before clipping. Raises `RuntimeError` on a loss that is not a number.
+    `step` counts from 0. Returns the norm before clipping. Raises `RuntimeError` on a loss that is not a number.
     """
     check_finite(loss.item(), step, checkpointer)
     for group in optimizer.param_groups: group["lr"] = group["initial_lr"] * _schedule(step, config)

@@ -4,22 +4,19 @@
 __all__ = ['policy_actions', 'demonstration_windows', 'smoothed_targets', 'imitation_loss', 'shift_images', 'train_sft', 'main']
 
 # %% ../nbs/05_sft.ipynb #8281f1da
-import sys
+import torch
 
 # %% ../nbs/05_sft.ipynb #66960fa7
-import torch
-import torch.nn.functional as F
-
-# %% ../nbs/05_sft.ipynb #de0d7675
 from .policy import OpenVLAOFT, action_ids, policy_images, tokenize_actions
-from .presets import SFTConfig, UserError
+from .presets import SFTConfig
 from .run import EMA, Checkpointer, Run, command, make_optimizer, optimizer_step, parse_preset, preset_parser, progress
 from .trajectory import ActionStats, TrajectoryBatch, read_shards, window_starts
 
 # %% ../nbs/05_sft.ipynb #899e1dca
 def policy_actions(actions: torch.Tensor, stats: ActionStats) -> torch.Tensor:
     "Environment actions float [..., 7] as the policy speaks them: [-1, 1], clipped; dimensions outside `stats.mask` pass through."
-    return torch.where(stats.mask, stats.normalize(actions), actions).clamp(-1, 1).float()
+    scaled = 2 * (actions.double() - stats.q01) / (stats.q99 - stats.q01 + 1e-8) - 1      # the inverse of `stats.unnormalize`
+    return torch.where(stats.mask, scaled, actions.double()).clamp(-1, 1).float()
 
 # %% ../nbs/05_sft.ipynb #a7c49c5b
 def demonstration_windows(batch: TrajectoryBatch, stats: ActionStats, *, chunk: int = 8, labels: torch.Tensor | None = None,
@@ -98,7 +95,7 @@ def main(argv=None):
     stats = ActionStats.from_actions(executed)
     torch.manual_seed(args.seed)
     policy = OpenVLAOFT(preset.policy, stats, preset.task.instruction)
-    frames, chunks = demonstration_windows(batch, stats, chunk=preset.policy.chunk_size)
+    frames, chunks = demonstration_windows(batch, stats, chunk=preset.policy.chunk_size, labels=batch.intended)
     with run.stage("sft"):
         train_sft(policy, frames, chunks, preset.sft, seed=args.seed, log=lambda step, **numbers: run.log("sft", step, **numbers),
                   checkpointer=Checkpointer(run.folder / "checkpoints", preset.sft.checkpoint_every))

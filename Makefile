@@ -1,0 +1,67 @@
+# make demo    the whole method, small, on this machine; the report opens in a browser
+# make test    everything CI runs
+# make setup   only the environment, in .venv (the commands are in .venv/bin)
+# make export  after editing a notebook: write the modules, clean the notebooks
+# make readme  after editing nbs/index.ipynb: write README.md
+# make clean   remove the environment and everything that can be made again; runs/ is kept
+#
+# Needs Python 3.11 or newer and git. PyTorch is installed without CUDA; with it:
+#   make setup TORCH_INDEX=https://download.pytorch.org/whl/cu130
+
+PYTHON ?= python3
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+BIN := .venv/bin
+GL_PACKAGES := libegl1 libegl-mesa0 libgl1-mesa-dri
+# what the simulator draws with: a name for each library that can be loaded
+GL_FOUND = $(PYTHON) -c "import ctypes.util as u; print(*(n for n in ('OSMesa', 'EGL') if u.find_library(n)))"
+
+.PHONY: demo setup gl test export readme clean
+.DELETE_ON_ERROR:
+
+demo: setup
+	$(BIN)/wmpo-demo
+
+setup: gl .venv/installed
+
+.venv/installed: settings.ini constraints.txt setup.py pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+		{ echo "Python 3.11 or newer is needed: make setup PYTHON=/path/to/python3"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --no-deps --retries 1 --timeout 15 --extra-index-url $(TORCH_INDEX) -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -e ".[dev]" -c constraints.txt
+	touch $@
+
+# Drawing without a screen needs Mesa. Root on Debian or Ubuntu gets it; others are told what to install.
+gl:
+	@if [ "$$(uname)" = Linux ] && [ "$$($(GL_FOUND))" != "OSMesa EGL" ]; then \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+			export DEBIAN_FRONTEND=noninteractive; \
+			apt-get install -qq -y $(GL_PACKAGES) > /dev/null 2>&1 || \
+				{ apt-get update -qq && apt-get install -qq -y $(GL_PACKAGES) > /dev/null; }; \
+			apt-get install -qq -y libosmesa6 > /dev/null || true; \
+		else \
+			echo "For drawing without a screen install Mesa: sudo apt-get install $(GL_PACKAGES) libosmesa6"; \
+		fi; \
+		[ -n "$$($(GL_FOUND))" ] || { echo "Neither libOSMesa nor libEGL can be loaded."; exit 1; }; \
+	fi
+
+# one thread per process: steadier on a busy machine than two, and the notebooks run two at a time
+test: export OMP_NUM_THREADS = 1
+test: setup
+	$(BIN)/ruff check
+	$(BIN)/pytest -q
+	$(BIN)/nbdev-test --n-workers 2
+
+export: setup
+	$(BIN)/nbdev-export
+	$(BIN)/nbdev-clean
+
+readme: setup
+	$(BIN)/python readme.py > README.md.tmp
+	mv README.md.tmp README.md
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache README.md.tmp
+	find wmpo_nb tests nbs -name __pycache__ -prune -exec rm -rf {} +
+	find nbs -name .ipynb_checkpoints -prune -exec rm -rf {} +

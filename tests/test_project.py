@@ -1,0 +1,147 @@
+"The project's own promises: notebooks and modules agree, arrows point down, imports are light, what ships is small."
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+from configparser import ConfigParser
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from huggingface_hub import RepoCard
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parent.parent
+PACKAGE, NOTEBOOKS = ROOT / "wmpo_nb", sorted((ROOT / "nbs").glob("*.ipynb"))
+MODULES = sorted(path for path in PACKAGE.glob("*.py") if path.name not in ("__init__.py", "_modidx.py"))
+WEIGHTS = sorted((PACKAGE / "weights").glob("*.safetensors"))
+CARDS = sorted((ROOT / "data_cards").glob("*.md"))
+SETTINGS = ConfigParser(delimiters=["="])
+SETTINGS.read(ROOT / "settings.ini")
+HEAVY = ("robosuite", "mujoco", "diffusers", "transformers", "tensorboard", "accelerate")
+
+
+def setting(name: str) -> list[str]:
+    return SETTINGS["DEFAULT"][name].split("\n")[1:]
+
+
+def code_cells(notebook: Path) -> list[str]:
+    cells = json.loads(notebook.read_text())["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+def room_numbers() -> dict[str, int]:
+    "Number of the notebook that each module comes from."
+    exported = {}
+    for notebook in NOTEBOOKS:
+        for name in re.findall(r"^#\|\s*default_exp (\w+)", "\n".join(code_cells(notebook)), re.M):
+            exported[name] = int(notebook.name.split("_")[0])
+    return exported
+
+
+def imports(module: Path) -> tuple[set[str], set[str]]:
+    "(rooms, other packages) that a module imports anywhere in its code."
+    rooms, others = set(), set()
+    for node in ast.walk(ast.parse(module.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level: rooms |= {node.module or alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom): others.add(node.module)
+        elif isinstance(node, ast.Import): others |= {alias.name for alias in node.names}
+    rooms |= {name.split(".")[1] for name in others if name.startswith("wmpo_nb.")}
+    return rooms, {name.split(".")[0] for name in others} - {"wmpo_nb"}
+
+
+def test_notebooks_and_modules_agree(tmp_path):
+    for name in ("nbs", "wmpo_nb"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("weights", "__pycache__", ".ipynb*"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for tool in ("nbdev-export", "nbdev-clean"):
+        subprocess.run([Path(sys.executable).parent / tool], cwd=tmp_path, check=True)
+    remade = sorted(tmp_path.glob("wmpo_nb/*.py")) + sorted(tmp_path.glob("nbs/*.ipynb"))
+    different = [str(path.relative_to(tmp_path)) for path in remade
+                 if not (ROOT / path.relative_to(tmp_path)).exists()
+                 or path.read_text() != (ROOT / path.relative_to(tmp_path)).read_text()]
+    assert not different, f"run `make export`: {different}"
+
+
+def test_every_module_has_a_notebook():
+    stale = {module.stem for module in MODULES} - set(room_numbers())
+    assert not stale, f"left over from a renamed notebook: {stale}"
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda path: path.stem)
+def test_arrows_point_down(module):
+    numbers = room_numbers()
+    upward = {room for room in imports(module)[0] if numbers[room] >= numbers[module.stem]}
+    assert not upward, f"{module.stem} imports from rooms above it: {upward}"
+
+
+@pytest.mark.parametrize("name", ["grpo", "flow", "trajectory"])
+def test_pure_rooms_import_no_model(name):
+    assert imports(PACKAGE / f"{name}.py")[0] <= {"presets", "run", "trajectory"}
+
+
+def test_importing_is_light():
+    names = [f"wmpo_nb.{module.stem}" for module in MODULES]
+    code = (f"import importlib, sys, torch\nfor name in {names}:\n    importlib.import_module(name)\n"
+            f"    heavy = [m for m in {HEAVY} if m in sys.modules]\n    assert not heavy, (name, heavy)\n"
+            "    assert not torch.cuda.is_initialized(), name")
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_command_has_a_main():
+    for script in setting("console_scripts"):
+        module, function = script.split("=")[1].split(":")
+        defined = {node.name for node in ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text()).body
+                   if isinstance(node, ast.FunctionDef)}
+        assert function in defined, script
+
+
+def test_every_import_is_a_requirement():
+    declared = {Requirement(line).name for line in setting("requirements")}
+    distributions = packages_distributions()
+    for module in MODULES:
+        for package in imports(module)[1] - set(sys.stdlib_module_names):
+            assert set(distributions.get(package, [package])) & declared, f"{module.stem} imports {package}"
+
+
+def test_constraints_are_what_the_settings_admit():
+    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines()
+                  if line and not line.startswith("#"))
+    for line in setting("requirements") + setting("dev_requirements"):
+        requirement = Requirement(line)
+        assert requirement.specifier.contains(pinned[requirement.name]), line
+
+
+@pytest.mark.skipif(not (ROOT / "nbs/index.ipynb").exists(), reason="no index yet")
+def test_readme_is_the_index():
+    made = subprocess.run([sys.executable, ROOT / "readme.py"], capture_output=True, text=True, check=True).stdout
+    assert (ROOT / "README.md").read_text() == made, "run `make readme`"
+    for target in re.findall(r'(?:\]\(|src="|href=")(?!https?:|mailto:|#)([^)#"\s]+)', made):
+        assert (ROOT / target).exists(), f"README.md links to {target}"
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_stay_readable(notebook):
+    assert notebook.stat().st_size < 1.5e6
+    long = [cell.splitlines()[:3] for cell in code_cells(notebook) if len(cell.splitlines()) > 25]
+    assert not long, f"cells over 25 lines begin with {long}"
+
+
+@pytest.mark.parametrize("path", [*MODULES, *NOTEBOOKS], ids=lambda path: path.name)
+def test_nothing_names_the_machine_it_was_made_on(path):
+    assert not re.findall(r"[\"' ]/(?:root|work|home)/[\w./-]*", path.read_text())
+
+
+def test_shipped_weights_are_small_and_have_a_card():
+    assert sum(path.stat().st_size for path in WEIGHTS) <= 16e6
+    described = "\n".join(card.read_text() for card in CARDS)
+    missing = [path.name for path in WEIGHTS if path.name not in described]
+    assert not missing, f"no card in data_cards/ names {missing}"
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda path: path.stem)
+def test_cards_can_be_read_by_the_hub(card):
+    card = RepoCard.load(card)
+    assert card.data.to_dict().get("license") and card.text.strip()

@@ -1,0 +1,165 @@
+"The report: self-contained, escaped, true to its numbers, and rebuilt from the record alone."
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from wmpo_nb.evaluation import Evaluation
+from wmpo_nb.presets import UserError
+from wmpo_nb.report import (caveats, in_words, line_chart, load_record, main, nice_ticks, page, save_record,
+                            write_report)
+
+VOID = {"meta", "img", "br", "line", "polyline"}
+EVIL = '<script src="http://evil.example/x.js">alert("1")</script>'
+
+
+class Reader(HTMLParser):
+    "Text, attributes and whether every element is closed."
+    def __init__(self):
+        super().__init__()
+        self.open, self.text, self.attributes, self.tags = [], "", [], set()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.attributes += attributes
+        if tag not in VOID: self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes): self.attributes += attributes
+
+    def handle_endtag(self, tag): assert self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data): self.text += data
+
+
+def read(text):
+    reader = Reader()
+    reader.feed(text)
+    assert not reader.open, "unclosed elements"
+    return reader
+
+
+def outcomes(successes, n=40): return {"state_id": list(range(n)), "success": [i < successes for i in range(n)], "finish_step": [30] * n}
+
+
+def film(length, level): return np.stack([np.full((16, 16, 3), level + 8 * t, np.uint8) for t in range(length)])
+
+
+@pytest.fixture
+def record():
+    return {
+        "title": "A run", "preset": "tiny_lift", "command": "wmpo-demo --output x", "seed": 3,
+        "evaluations": {"base policy": outcomes(10), "WMPO": outcomes(25)},
+        "learning": [{"success": 0.3, "kept_share": 0.7, "approx_kl": 0.01}, {"success": 0.5, "kept_share": 0.6, "approx_kl": None}],
+        "reward": {"f1": 0.9125, "threshold": 0.37, "confusion": [[20, 1], [2, 17]], "trajectories": 40},
+        "agreement": {"before": {"confusion": [[5, 5], [1, 9]], "psnr": [100, 20.5, None]},
+                      "after": {"confusion": [[8, 2], [1, 9]], "psnr": [100, 27.5, 26.0]}},
+        "clips": [{"caption": "state 12", "real": film(9, 90), "dream": film(9, 120), "real_success": True, "dream_success": False}],
+        "ledger": {"real_trajectories": 128, "imagined_frames": 123456, "seconds": {"align": 12.5}},
+        "config": {"grpo": {"group_size": 8}}, "versions": {"torch": "2.13"}, "caveats": ["Mind the gap."]}
+
+
+def test_page_holds_the_numbers(record):
+    text = read(page(record)).text
+    for expected in ("A run", "25.0 %", "62.5 %", "25/40", "10/40", "+37.5 points", "0.912", "0.37", "123,456", "12.5 s",
+                     "state 12", "real (success), dreamt (failure)", "wmpo-demo --output x", "2.13", "Mind the gap.",
+                     "20.0 %", "group_size"):
+        assert expected in text, expected
+
+
+def test_nothing_is_fetched_and_nothing_runs(record):
+    reader = read(page(record))
+    links = [value for key, value in reader.attributes if key in ("src", "href", "srcset", "data", "action", "poster")]
+    assert links and all(link.startswith("data:image/") for link in links)
+    assert not {"script", "link", "iframe", "object", "embed", "base"} & reader.tags
+    assert not re.search(r"url\(|@import|https?://", page(record))
+    assert "default-src 'none'" in dict(reader.attributes)["content"]
+    assert not any(key.startswith("on") for key, _ in reader.attributes)
+
+
+def test_text_from_outside_is_escaped(record):
+    evil = record | {
+        "title": EVIL, "preset": EVIL, "command": EVIL, "versions": {EVIL: EVIL}, "config": {EVIL: EVIL}, "caveats": [EVIL],
+        "evaluations": {EVIL: outcomes(3), EVIL + "2": outcomes(4)},
+        "agreement": {EVIL: record["agreement"]["before"]}, "ledger": {"seconds": {EVIL: 1.0}},
+        "clips": [record["clips"][0] | {"caption": EVIL}]}
+    reader = read(page(evil))
+    assert "script" not in reader.tags and "alert" in reader.text
+    assert all(value.startswith("data:") for key, value in reader.attributes if key == "src")
+
+
+@pytest.mark.parametrize("missing", ["evaluations", "learning", "reward", "agreement", "clips", "ledger", "config", "versions",
+                                     "title", "caveats", "preset"])
+def test_each_part_may_be_missing(record, missing):
+    del record[missing]
+    read(page(record))
+
+
+def test_an_empty_record_is_a_page():
+    assert "WMPO report" in read(page({})).text
+
+
+def test_films_are_real_images(record):
+    import base64
+    import io
+
+    from PIL import Image
+    links = [value for key, value in read(page(record)).attributes if key == "src"]
+    images = {}
+    for link in links:
+        images[link[:15]] = Image.open(io.BytesIO(base64.b64decode(link.split(",")[1])))
+    assert images["data:image/webp"].n_frames == 9
+    assert images["data:image/webp"].size == (34, 16)              # real | gap | dream
+    strip = np.asarray(images["data:image/png;"])
+    assert strip.shape[0] == 34 and (strip[0, 0] == 90).all() and (strip[-1, 0] == 120).all(), "real above dream"
+
+
+def test_words_match_the_test():
+    base, better = (Evaluation.from_dict(outcomes(k)) for k in (10, 25))
+    assert "15 were solved only afterwards and 0 only before" in in_words(base, better)
+    assert "evidence" in in_words(base, better) and "1 time in 16,384" in in_words(base, better)
+    assert "luck" in in_words(base, Evaluation.from_dict(outcomes(12)))
+    assert "no difference" in in_words(base, base)
+
+
+def test_the_page_names_its_own_weaknesses(record):
+    assert any("seed" in c for c in caveats(record)) and any("20.0 %" in c for c in caveats(record))
+    assert not any("zero" in c or "--fast" in c for c in caveats(record))
+    record["fast"], record["evaluations"]["WMPO"] = True, outcomes(11)
+    assert any("--fast" in c for c in caveats(record)) and any("zero" in c for c in caveats(record))
+    assert all(c in read(page(record)).text for c in caveats(record))
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (0, 100), (3, 3.4), (-5, 12), (0, 1e-4), (0.9999, 1.0)])
+def test_ticks_are_few_and_inside(low, high):
+    ticks = nice_ticks(low, high)
+    assert 1 <= len(ticks) <= 8 and all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks)
+
+
+def test_charts_survive_odd_series():
+    assert line_chart({"a": []}, "t", "x") == "" == line_chart({"a": [None, float("nan")]}, "t", "x")
+    for values in ([1.0], [2.0, 2.0], [None, 3.0, None], [float("inf"), 1.0]):
+        chart = line_chart({"a": values}, "t", "x")
+        read(chart)
+        assert "nan" not in chart and "inf" not in chart
+
+
+def test_record_survives_the_disk_and_the_command_rebuilds_the_page(record, tmp_path, capsys):
+    save_record(tmp_path, record)
+    assert page(load_record(tmp_path)) == page(record)
+    assert main([str(tmp_path)]) == 0
+    assert (tmp_path / "report.html").read_text() == page(record)
+
+
+def test_a_damaged_record_is_one_line(record, tmp_path, capsys):
+    save_record(tmp_path, record)
+    (tmp_path / "clips.safetensors").write_bytes(b"short")
+    with pytest.raises(UserError, match="no readable record"): load_record(tmp_path)
+    assert main([str(tmp_path)]) == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_a_failed_write_leaves_the_old_report(record, tmp_path, monkeypatch):
+    path = write_report(tmp_path / "report.html", record)
+    before = path.read_text()
+    with pytest.raises(KeyError): write_report(path, record | {"agreement": {"broken": {}}})
+    assert path.read_text() == before and [p.name for p in tmp_path.iterdir()] == ["report.html"]

@@ -1,0 +1,241 @@
+"The judge's promises: the earliest clip decides, nothing after the end counts, F1 and threshold as by hand, exact resume."
+from dataclasses import replace
+
+import pytest
+import torch
+from wmpo_nb.presets import RewardConfig, RewardTrainConfig, UserError
+from wmpo_nb.reward import (
+    SuccessClassifier, augment, calibrate, clip_ends, clip_pools, clips_at, decide, f1_score, load_reward, main, preprocess,
+    sample_clips, save_reward, select_threshold, split_trajectories, train_reward, trajectory_scores)
+from wmpo_nb.run import Checkpointer
+from wmpo_nb.trajectory import TrajectoryBatch, write_shard
+
+SMALL = RewardConfig(image_size=16, patch_size=8, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32)
+TRAINING = RewardTrainConfig(steps=6, batch_size=16, warmup_steps=2, decay_steps=2, checkpoint_every=3, log_every=1)
+
+
+def trials(count=8, steps=24, size=16):
+    "Every other trial succeeds at step 14: from then on the frames are bright. The others stay dark. All are a little noisy."
+    frames = torch.randint(0, 40, (count, steps + 1, size, size, 3), generator=torch.Generator().manual_seed(0))
+    success = torch.arange(count) % 2 == 0
+    frames[success, 14:] += 180
+    finish = torch.where(success, 14, steps)
+    return TrajectoryBatch(
+        frames.to(torch.uint8), torch.zeros(count, steps, 7), torch.zeros(count, steps // 8, 56, dtype=torch.long),
+        torch.zeros(count, steps // 8, 56), success, finish, torch.where(success, 16, steps), torch.arange(count), torch.zeros(count).long())
+
+
+def small_classifier(seed=0, **changes):
+    torch.manual_seed(seed)
+    return SuccessClassifier(replace(SMALL, **changes)).eval()
+
+
+class BrightnessClassifier(SuccessClassifier):
+    "A judge one can compute in the head: logit 1 is high where the last frame of the clip is bright."
+    def forward(self, pixel_values):
+        bright = pixel_values[:, -1].mean((1, 2, 3))
+        return torch.stack([torch.zeros_like(bright), 20 * bright], 1)
+
+
+def brightness_classifier(**changes):
+    return BrightnessClassifier(replace(SMALL, **changes)).eval()
+
+
+def videos(bright_frames, total=17):
+    "Dark videos uint8 [B, total, 16, 16, 3] with the given frames white."
+    frames = torch.zeros(len(bright_frames), total, 16, 16, 3, dtype=torch.uint8)
+    for video, chosen in zip(frames, bright_frames): video[chosen] = 255
+    return frames
+
+
+def test_the_earliest_clip_decides_and_its_last_frame_is_the_finish_step():
+    success, finish = brightness_classifier().judge(videos([[12, 13, 14], [9], []]))
+    assert success.tolist() == [True, True, False]
+    assert finish.tolist() == [12, 9, 16]
+    assert finish.dtype == torch.int64 and success.dtype == torch.bool
+
+
+def test_frames_after_length_cannot_cause_a_success():
+    frames, length = videos([[12], [12], [12]]), torch.tensor([11, 12, 16])
+    success, finish = brightness_classifier().judge(frames, length)
+    assert success.tolist() == [False, True, True]
+    assert finish.tolist() == [11, 12, 12]
+    frames[0, 12:] = torch.randint(0, 256, frames[0, 12:].shape, dtype=torch.uint8)
+    assert not brightness_classifier().judge(frames[:1], length[:1])[0]
+
+
+def test_no_verdict_before_the_first_clip_end():
+    frames = videos([[3, 9, 13]])
+    for first_clip_end, expected in ((8, 9), (10, 9), (11, 13), (14, 13)):
+        assert brightness_classifier(first_clip_end=first_clip_end).judge(frames)[1].tolist() == [expected]
+    assert not brightness_classifier(first_clip_end=15).judge(frames)[0]
+    assert not brightness_classifier(first_clip_end=100).judge(frames)[0]        # no clip at all
+
+
+def test_judging_chunk_by_chunk_gives_the_same_verdict():
+    classifier, frames = brightness_classifier(), videos([[12], [9, 12], [15], []])
+    finish = torch.zeros(4, dtype=torch.long)
+    for total in (9, 17):
+        success, step = classifier.judge(frames[:, :total], first_end=total - 8 + 1)
+        finish = torch.where((finish == 0) & success, step, finish)
+    whole = classifier.judge(frames)
+    assert torch.equal(finish > 0, whole[0]) and torch.equal(finish[whole[0]], whole[1][whole[0]])
+
+
+def test_a_stride_leaves_clips_out():
+    assert clip_ends(17, replace(SMALL, clip_stride=4)).tolist() == [8, 12, 16]
+    assert clip_ends(17, replace(SMALL, clip_stride=4), first_end=10).tolist() == [12, 16]
+    assert clip_ends(7, SMALL).tolist() == []
+    assert brightness_classifier(clip_stride=4).judge(videos([[9], [11]]))[0].tolist() == [False, True]
+
+
+def test_the_very_last_frame_counts_unless_upstream_is_copied():
+    frames = videos([[16]])
+    assert brightness_classifier().judge(frames)[0] and brightness_classifier().judge(frames)[1] == 16
+    success, finish = brightness_classifier(last_clip_counts=False).judge(frames)
+    assert not success and finish == 16
+
+
+def test_a_score_at_the_threshold_is_a_success():
+    scores, ends, length = torch.tensor([[0.2, 0.5, 0.9]]), torch.tensor([8, 9, 10]), torch.tensor([9])
+    for threshold, expected in ((0.5, 8), (0.51, 9), (0.1, 7)):
+        assert decide(scores, ends, length, replace(SMALL, threshold=threshold))[1].tolist() == [expected]
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_micro_batches_do_not_change_scores(batch_size):
+    classifier, batch = small_classifier(), trials(4)
+    ends = clip_ends(25, classifier.config)
+    scores = trajectory_scores(classifier, batch.frames, batch.length, ends, batch_size)
+    assert torch.allclose(scores, trajectory_scores(classifier, batch.frames, batch.length, ends), atol=1e-2)     # bfloat16
+    assert (scores[ends[None] - 1 > batch.length[:, None]] == 0).all()
+
+
+def test_scoring_leaves_the_mode_alone():
+    classifier = small_classifier().train()
+    classifier.score_clips(trials(1).frames[:, :8])
+    assert classifier.training
+
+
+def test_preprocess_keeps_the_middle():
+    clips = torch.zeros(1, 8, 16, 32, 3, dtype=torch.uint8)
+    clips[..., 8:24, :] = 255
+    assert torch.equal(preprocess(clips, SMALL), torch.ones(1, 8, 3, 16, 16))
+    assert preprocess(clips, replace(SMALL, image_size=8, image_mean=(0.25,) * 3, image_std=(0.25,) * 3)).max() == 3
+
+
+def test_pools():
+    batch = trials(2)                                       # one success at 14 that ran to 16, one failure of 24
+    pools = clip_pools(batch, RewardTrainConfig(margin=3, hard_steps=2))
+    last = {kind: (pairs[:, 1] - 1).tolist() for kind, pairs in pools.items()}
+    assert last["positive"] == [14, 15, 16]
+    assert last["hard"] == [9, 10] and last["early"] == [7, 8]            # 11, 12 and 13 are nobody's
+    assert last["failure"] == list(range(7, 25))
+    assert (pools["failure"][:, 0] == 1).all() and (pools["positive"][:, 0] == 0).all()
+
+
+def test_a_clip_ends_where_its_pair_says():
+    frames = torch.arange(20, dtype=torch.uint8).reshape(1, 20, 1, 1, 1).expand(2, -1, -1, -1, 3)
+    assert clips_at(frames, torch.tensor([[1, 12]]))[0, :, 0, 0, 0].tolist() == list(range(4, 12))
+
+
+def test_batches_are_balanced_and_labels_right():
+    batch = trials()
+    pools = clip_pools(batch, TRAINING)
+    clips, labels = sample_clips(batch, pools, 32, torch.Generator().manual_seed(0))
+    assert len(clips) == 32 and labels.sum() == 16
+    assert torch.equal(clips[:, -1].float().mean((1, 2, 3)) > 100, labels.bool())
+    pools["failure"] = pools["failure"][:0]                # nothing but successes: still balanced
+    assert sample_clips(batch, pools, 32, torch.Generator().manual_seed(0))[1].float().mean() == 0.5
+
+
+def test_augmentation_moves_a_clip_as_one():
+    clips = torch.randint(60, 200, (6, 1, 16, 16, 3), dtype=torch.uint8).expand(-1, 8, -1, -1, -1)
+    still = replace(TRAINING, image_shift=0, jitter=0.0, pixel_noise=0.0)
+    assert torch.equal(augment(clips, still, torch.Generator()), clips)
+    moved = augment(clips, replace(still, image_shift=2, jitter=0.1), torch.Generator().manual_seed(1))
+    assert moved.shape == clips.shape and moved.dtype == torch.uint8
+    assert (moved == moved[:, :1]).all() and not torch.equal(moved, clips)
+
+
+def test_f1_by_hand():
+    predicted, truth = torch.tensor([1, 1, 1, 0, 0]).bool(), torch.tensor([1, 1, 0, 1, 0]).bool()
+    assert f1_score(predicted, truth) == pytest.approx({"f1": 2 / 3, "precision": 2 / 3, "recall": 2 / 3})
+    assert f1_score(torch.zeros(3).bool(), torch.zeros(3).bool()) == {"f1": 0, "precision": 0, "recall": 0}
+
+
+def test_threshold_by_hand():
+    peaks, truth = torch.tensor([0.95, 0.81, 0.64, 0.3, 0.2]), torch.tensor([1, 1, 0, 1, 0]).bool()
+    # (.2, .3]: 3 hits 1 false alarm = 6/7; (.64, .81]: 2 hits 1 miss = 4/5
+    threshold, scores = select_threshold(peaks, truth)
+    assert 0.2 < threshold <= 0.3 and scores["f1"] == pytest.approx(6 / 7)
+    threshold, scores = select_threshold(torch.tensor([0.9, 0.8, 0.2, 0.1]), torch.tensor([1, 1, 0, 0]).bool())
+    assert threshold == pytest.approx(0.5, abs=0.021) and scores["f1"] == 1          # the middle of (.2, .8]
+
+
+def test_calibration_is_about_trajectories():
+    batch = trials()
+    batch.frames[1, 20] = 255                               # one failure flashes: a clip-level score would hardly notice
+    classifier = brightness_classifier()
+    report = calibrate(classifier, batch)
+    assert report["precision"] == pytest.approx(4 / 5) and report["recall"] == 1 and report["finish_error"] == 0
+    assert classifier.config.threshold == report["threshold"]
+
+
+def test_split_is_by_trajectory():
+    training, held_out = split_trajectories(20, 0.25, torch.Generator().manual_seed(0))
+    assert len(held_out) == 5 and sorted(training.tolist() + held_out.tolist()) == list(range(20))
+
+
+def test_training_learns_to_tell():
+    batch, config = trials(16), replace(TRAINING, steps=60, learning_rate=5e-3, decay_steps=10, ema=0.9)
+    classifier = train_reward(small_classifier(), batch, config)
+    assert classifier.metrics["f1"] == 1 and classifier.metrics["finish_error"] <= 3
+    success, finish = classifier.judge(batch.frames, batch.length)
+    assert torch.equal(success, batch.success)
+    assert not classifier.training
+
+
+def test_a_resumed_training_equals_an_unbroken_one(tmp_path):
+    batch, logs = trials(), [{}, {}]
+    whole = train_reward(small_classifier(), batch, TRAINING, seed=5, log=lambda step, **n: logs[0].update({step: n}))
+
+    class Stop(Exception): pass
+
+    def stop_at_four(step, **numbers):
+        if step == 4: raise Stop
+    with pytest.raises(Stop):
+        train_reward(small_classifier(), batch, TRAINING, seed=5, checkpointer=Checkpointer(tmp_path, 3), log=stop_at_four)
+    resumed = train_reward(small_classifier(seed=9), batch, TRAINING, seed=5, checkpointer=Checkpointer(tmp_path, 3),
+                           log=lambda step, **n: logs[1].update({step: n}))
+    assert sorted(logs[1]) == [3, 4, 5, 6] and all(logs[0][step] == logs[1][step] for step in (3, 4, 5))
+    assert resumed.config == whole.config and resumed.metrics == pytest.approx(whole.metrics, nan_ok=True)
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values()))
+
+
+def test_data_without_both_outcomes_are_refused_before_training():
+    batch = trials()
+    with pytest.raises(UserError, match="no successful"): train_reward(small_classifier(), batch[~batch.success], TRAINING)
+    batch.finish_step[:] = 3
+    with pytest.raises(UserError, match="no failure"): train_reward(small_classifier(), batch[batch.success], TRAINING)
+
+
+def test_saved_and_loaded(tmp_path):
+    classifier, clips = small_classifier(threshold=0.37), trials(2).frames[:, :8]
+    classifier.metrics = {"f1": 0.9}
+    save_reward(tmp_path / "reward.safetensors", classifier)
+    loaded = load_reward(tmp_path / "reward.safetensors")
+    assert loaded.config == classifier.config and torch.equal(loaded.score_clips(clips), classifier.score_clips(clips))
+    (tmp_path / "bad.pth").write_bytes(b"short")
+    for name in ("absent.safetensors", "bad.pth", "absent.pth"):
+        with pytest.raises(UserError): load_reward(tmp_path / name, SMALL)
+
+
+def test_command(tmp_path, capsys):
+    write_shard(tmp_path / "data/a.tar", trials(size=16))
+    argv = ["--data", str(tmp_path / "data"), "--output", str(tmp_path / "run"), "--reward.image_size", "16",
+            "--reward.patch_size", "8", "--reward.num_layers", "1", "--reward_training.steps", "2"]
+    assert main(argv) == 0 and "f1" in capsys.readouterr().out
+    assert load_reward(tmp_path / "run/reward.safetensors").config.num_layers == 1
+    assert main(argv) == 2 and "--resume" in capsys.readouterr().err
+    assert main(["--data", str(tmp_path / "data"), "--output", str(tmp_path / "b"), "--vae", str(tmp_path / "no.safetensors")]) == 2

@@ -1,0 +1,244 @@
+"The training loop: on-policy, deterministic, resumable, blind to its world, loud when there is nothing to learn."
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from wmpo_nb.policy import OpenVLAOFT
+from wmpo_nb.presets import GRPOConfig, PolicyConfig, Preset, UserError
+from wmpo_nb.run import Checkpointer, Run, make_optimizer
+from wmpo_nb.trajectory import ActionStats, InitialState
+from wmpo_nb.wmpo import (NothingToLearn, draw_states, forward_passes, gather, main, mix_seed, token_statistics,
+                          train_wmpo, update)
+
+SMALL = PolicyConfig(image_size=16, vision_dims=(16,), vision_depths=(3,), vision_heads=(2,), hidden_size=32,
+                     intermediate_size=32, num_layers=2, num_heads=2)
+STATS = ActionStats(torch.full((7,), -1.0).double(), torch.ones(7).double(), torch.tensor([True] * 6 + [False]))
+CONFIG = GRPOConfig(iterations=4, group_size=4, groups=4, mini_batch=8, micro_batch=4, learning_rate=1e-3)
+torch.set_num_threads(1)       # networks this small only lose by sharing
+STATES = [InitialState(i, torch.zeros(16, 16, 3, dtype=torch.uint8)) for i in range(12)]
+
+
+class Brightness:
+    "A bandit: every number of an action makes the picture brighter; a chunk bright enough is a success."
+    def __init__(self, needed=0.1): self.needed = needed
+
+    def reset(self, states, streams):
+        self.level = torch.full((len(states),), 100.0)
+        return self.draw()
+
+    def draw(self): return self.level.clamp(0, 255).byte()[:, None, None, None].expand(-1, 16, 16, 3)
+
+    def step(self, actions):
+        frames = []
+        for action in actions.unbind(1):
+            self.level = self.level + 50 * action.mean(1)
+            frames.append(self.draw())
+        return torch.stack(frames, 1)
+
+    def judge(self, batch):
+        bright = batch.frames[:, :, 0, 0, 0] >= 100 + 400 * self.needed
+        batch.success = bright.any(1)
+        batch.finish_step = torch.where(batch.success, bright.int().argmax(1), batch.length)
+        return batch
+
+
+class Always(Brightness):
+    def __init__(self, verdict): self.verdict = verdict
+
+    def judge(self, batch):
+        batch.success = torch.full((len(batch),), self.verdict)
+        return batch
+
+
+def new_policy(seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    policy = OpenVLAOFT(SMALL, STATS, "brighter").to(dtype)
+    policy.bfloat16 = False
+    return policy
+
+
+def train(policy, world=None, config=CONFIG, **options):
+    return train_wmpo(policy, world or Brightness(), STATES, config, chunks=2, temperature=1.0, **options)
+
+
+def weights(policy): return torch.cat([p.detach().flatten() for p in policy.parameters()])
+
+
+def test_seeds_differ_in_every_part():
+    assert len({mix_seed(a, b, c) for a in range(3) for b in range(3) for c in range(3)}) == 27
+
+
+def test_states_are_drawn_without_repetition_and_by_seed():
+    chosen = [s.state_id for s in draw_states(STATES, 5, 1)]
+    assert len(set(chosen)) == 5 and chosen == [s.state_id for s in draw_states(STATES, 5, 1)]
+    assert chosen != [s.state_id for s in draw_states(STATES, 5, 2)]
+    assert len(draw_states(STATES, 99, 0)) == len(STATES)
+
+
+def collected(config=CONFIG, seed=0, world=None):
+    return gather(new_policy(), world or Brightness(), STATES, config, chunks=2, temperature=1.0, seed=seed)
+
+
+def test_gather_returns_whole_informative_groups_and_no_surplus():
+    for seed in range(4):
+        batch, numbers = collected(seed=seed)
+        groups = batch.success.view(-1, CONFIG.group_size)
+        assert groups.any(1).all() and not groups.all(1).any()
+        assert len(groups) == numbers["groups"] <= CONFIG.groups
+        assert (batch.state_id.view(-1, 4) == batch.state_id[::4, None]).all()
+        assert batch.member.tolist() == list(range(4)) * len(groups)
+        assert numbers["kept_share"] == pytest.approx(len(groups) * 4 / numbers["trajectories"])
+
+
+def test_later_draws_ask_only_for_what_is_missing():
+    class Counting(Brightness):
+        drawn = []
+
+        def reset(self, states, streams):
+            self.drawn.append(len(states) // CONFIG.group_size)
+            return super().reset(states, streams)
+
+    batch, numbers = collected(replace(CONFIG, max_draws=6), world=Counting(0.16))
+    assert Counting.drawn[0] == CONFIG.groups and len(Counting.drawn) > 1, "choose a seed with dropped groups"
+    assert Counting.drawn == sorted(Counting.drawn, reverse=True)
+    assert numbers["groups"] <= CONFIG.groups and sum(Counting.drawn) * CONFIG.group_size == numbers["trajectories"]
+
+
+def test_gather_is_a_function_of_the_seed():
+    (a, _), (b, _), (c, _) = collected(seed=7), collected(seed=7), collected(seed=8)
+    assert torch.equal(a.tokens, b.tokens) and not torch.equal(a.tokens[:4], c.tokens[:4])
+
+
+@pytest.mark.parametrize("verdict, words", [(True, "calls everything success"), (False, "calls everything failure")])
+def test_a_world_that_always_says_the_same_is_refused(verdict, words, tmp_path):
+    policy = new_policy()
+    before = weights(policy)
+    checkpointer = Checkpointer(tmp_path, every=10)
+    with pytest.raises(NothingToLearn, match=words): train(policy, Always(verdict), checkpointer=checkpointer)
+    assert issubclass(NothingToLearn, UserError)
+    assert torch.equal(weights(policy), before), "nothing was learned from nothing"
+    assert checkpointer.saved(), "the state reached is kept"
+
+
+def test_forward_passes_cover_each_needed_chunk_once():
+    mask = torch.zeros(5, 3, 56, dtype=torch.bool)
+    mask[:, 0] = mask[2] = mask[4, 1, :7] = True
+    passes = forward_passes(mask, replace(CONFIG, mini_batch=2, micro_batch=1))
+    assert [len(step) for step in passes] == [1, 2, 1]
+    assert all(len(part) <= 3 for step in passes for part in step)
+    for i, step in enumerate(passes):
+        assert all((part[:, 0] // 2 == i).all() for part in step), "an optimiser step sees only its own trajectories"
+    assert torch.equal(torch.cat([part for step in passes for part in step]), mask.any(2).nonzero())
+
+
+def test_recomputed_log_probs_are_those_of_the_rollout():
+    batch, _ = collected()
+    pairs = torch.ones(batch.tokens.shape[:2]).nonzero()
+    log_probs, _ = token_statistics(new_policy().eval(), batch, pairs, 1.0)
+    torch.testing.assert_close(log_probs.detach(), batch.log_probs.flatten(0, 1), atol=1e-4, rtol=0)
+
+
+def one_update(config, batch, policy):
+    from accelerate import Accelerator
+    accelerator = Accelerator()
+    optimizer = accelerator.prepare(make_optimizer(policy.named_parameters(), config))
+    numbers = update(policy, optimizer, batch, config, temperature=1.0, accelerator=accelerator)
+    return numbers, torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
+
+
+def test_result_does_not_depend_on_the_size_of_the_passes():
+    batch, _ = collected()
+    reference, gradient = one_update(replace(CONFIG, mini_batch=16, micro_batch=16), batch, new_policy())
+    for micro_batch in (1, 3):
+        numbers, other = one_update(replace(CONFIG, mini_batch=16, micro_batch=micro_batch), batch, new_policy())
+        torch.testing.assert_close(other, gradient, atol=1e-6, rtol=0)
+        assert numbers == pytest.approx(reference, abs=1e-6)
+
+
+def test_first_step_is_on_policy_and_raises_the_successes():
+    batch, _ = collected()
+    policy = new_policy()
+    numbers, _ = one_update(replace(CONFIG, mini_batch=16), batch, policy)
+    assert numbers["clip_fraction"] == 0 and abs(numbers["approx_kl"]) < 1e-6 and abs(numbers["loss"]) < 1e-6
+    pairs = torch.ones(batch.tokens.shape[:2]).nonzero()
+    gain = (token_statistics(policy, batch, pairs, 1.0)[0].detach() - batch.log_probs.flatten(0, 1)).view(len(batch), -1).mean(1)
+    assert gain[batch.success].mean() > gain[~batch.success].mean()
+
+
+def test_the_loop_asks_a_world_for_three_things_only():
+    class Spy:
+        def __init__(self): self._world, self.asked = Brightness(), set()
+
+        def __getattr__(self, name):
+            self.asked.add(name)
+            return getattr(self._world, name)
+
+    spy = Spy()
+    train(new_policy(), spy, replace(CONFIG, iterations=1))
+    assert spy.asked == {"reset", "step", "judge"}
+
+
+def test_success_improves():
+    history = []
+    train(new_policy(), config=replace(CONFIG, iterations=8, groups=6, learning_rate=2e-3), log=lambda i, **numbers: history.append(numbers))
+    assert {"success", "kept_share", "approx_kl", "clip_fraction", "entropy", "grad_norm", "frames_per_second"} <= set(history[0])
+    start, end = (sum(h["success"] for h in part) / 3 for part in (history[:3], history[-3:]))
+    assert end > start + 0.15
+
+
+def test_resume_gives_the_same_bits(tmp_path):
+    unbroken = weights(train(new_policy()))
+    train(new_policy(), config=replace(CONFIG, iterations=2), checkpointer=Checkpointer(tmp_path, 1))
+    torch.manual_seed(99)
+    resumed = weights(train(new_policy(seed=5), checkpointer=Checkpointer(tmp_path, 1)))
+    assert torch.equal(unbroken, resumed)
+    assert not torch.equal(unbroken, weights(train(new_policy(), seed=1)))
+
+
+def test_run_records_every_iteration_once_and_counts_steps(tmp_path):
+    def session(iterations, resume):
+        run = Run(tmp_path / "run", Preset(), "test", resume=resume)
+        train(new_policy(), config=replace(CONFIG, iterations=iterations), run=run,
+              checkpointer=Checkpointer(tmp_path / "checkpoints", 1))
+        return run
+
+    session(2, False)
+    run = session(3, True)
+    entries = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in entries] == [0, 1, 2] and all(e["stage"] == "grpo" for e in entries)
+    assert run.ledger.optimiser_steps == sum(e["optimiser_steps"] for e in entries)
+
+
+def test_a_number_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_path):
+    policy = new_policy()
+    checkpointer = Checkpointer(tmp_path, 1)
+    train(policy, config=replace(CONFIG, iterations=1), checkpointer=checkpointer)
+    good, original, calls = weights(policy), policy.log_probs_and_entropy, []
+
+    def poisoned(*arguments):
+        log_probs, entropy = original(*arguments)
+        calls.append(1)
+        return log_probs * float("nan"), entropy
+
+    policy.log_probs_and_entropy = poisoned
+    with pytest.raises(RuntimeError, match=r"not finite in iteration 1; last checkpoint: .*step_000001"):
+        train(policy, config=replace(CONFIG, iterations=2), checkpointer=Checkpointer(tmp_path, 1))
+    assert calls and torch.equal(weights(policy), good)
+
+
+def test_command_answers_a_wrong_path_with_one_line(capsys, tmp_path):
+    assert main(["--policy", str(tmp_path / "nowhere"), "--output", str(tmp_path / "out")]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_says_which_part_of_the_dream_is_missing(capsys, tmp_path):
+    new_policy().save_pretrained(tmp_path / "policy")
+    sizes = {"image_size": 16, "hidden_size": 32, "intermediate_size": 32, "num_layers": 2, "num_heads": 2,
+             "vision_dims": "[16]", "vision_depths": "[3]", "vision_heads": "[2]"}
+    overrides = [word for name, value in sizes.items() for word in (f"--policy.{name}", str(value))]
+    arguments = ["--policy", str(tmp_path / "policy"), "--world-model", "w.safetensors", *overrides]
+    assert main([*arguments, "--output", str(tmp_path / "out")]) == 2
+    assert "needs --vae" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -1,0 +1,153 @@
+"The world model's loss, imagination and training."
+import pytest
+import torch
+from torch import nn
+from wmpo_nb.flow import resolution_shift, shift_timesteps
+from wmpo_nb.presets import STDiTConfig, WorldModelConfig, WorldModelTrainConfig
+from wmpo_nb.run import Checkpointer
+from wmpo_nb.stdit import STDiT
+from wmpo_nb.world_model import WorldModel, train_world_model
+
+SMALL = STDiTConfig(depth=1, hidden_size=48, num_heads=4, in_channels=2, patch_size=(1, 2, 2))
+
+
+def small_world_model(seed=0, **config):
+    torch.manual_seed(seed)
+    return WorldModel(WorldModelConfig(**config), STDiT(SMALL))
+
+
+def windows(count=1, seed=5):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 2, 12, 4, 4, generator=generator), torch.randn(count, 8, 7, generator=generator)
+
+
+class FixedVelocity(nn.Module):
+    "A stand-in for the STDiT that remembers what it was shown and answers what it was told."
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, x, timestep, actions, x_mask, image_size):
+        self.seen = x, timestep, x_mask, image_size
+        return self.answer
+
+
+def test_window_loss_by_hand():
+    latents, actions = windows(3)
+    noise, timestep = torch.randn_like(latents), torch.tensor([0.0, 300.0, 1000.0])
+    answer = torch.randn(3, 4, 12, 4, 4)
+    stdit = FixedVelocity(answer)
+    losses = WorldModel(WorldModelConfig(context_noise=50.0), stdit).losses_at(latents, actions, noise, timestep)
+    for b in range(3):
+        total = 0.0
+        for frame in range(4, 12):
+            total += (answer[b, :2, frame] - (latents[b, :, frame] - noise[b, :, frame])).square().sum().item()
+        assert losses[b].item() == pytest.approx(total / (8 * 2 * 4 * 4), rel=1e-5)
+    noisy, _, x_mask, image_size = stdit.seen
+    assert image_size == (64, 64) and x_mask.tolist() == [[False] * 4 + [True] * 8] * 3
+    torch.testing.assert_close(noisy[:, :, :4], 0.95 * latents[:, :, :4] + 0.05 * noise[:, :, :4])
+    torch.testing.assert_close(noisy[1, :, 4:], 0.7 * latents[1, :, 4:] + 0.3 * noise[1, :, 4:])
+    torch.testing.assert_close(noisy[2, :, 4:], noise[2, :, 4:])
+
+
+def test_loss_ignores_the_context_and_the_spare_channels():
+    latents, actions = windows(2)
+    noise, timestep, answer = torch.randn_like(latents), torch.rand(2) * 1000, torch.randn(2, 4, 12, 4, 4)
+    other = answer.clone()
+    other[:, :, :4] += 10
+    other[:, 2:] += 10
+    loss = lambda out: WorldModel(WorldModelConfig(), FixedVelocity(out)).losses_at(latents, actions, noise, timestep)
+    assert torch.equal(loss(answer), loss(other))
+
+
+def test_timestep_transform_is_the_identity_at_256_pixels():
+    timestep = torch.linspace(0, 1000, 50)
+    assert resolution_shift(256, 256, 12) == 1.0
+    torch.testing.assert_close(shift_timesteps(timestep, resolution_shift(256, 256, 12)), timestep, rtol=1e-6, atol=0)
+
+
+def test_timestep_shift_moves_practice_towards_noise():
+    mean = {}
+    for shift in (1.0, 3.0):
+        world_model = WorldModel(WorldModelConfig(timestep_shift=shift), FixedVelocity(torch.zeros(64, 4, 12, 4, 4)))
+        world_model.loss(*windows(64), torch.Generator().manual_seed(0))
+        mean[shift] = world_model.stdit.seen[1].mean()
+    assert mean[3.0] > mean[1.0] + 100
+
+
+@pytest.mark.parametrize("context, chunk, steps, shift", [(4, 8, 3, 1.0), (2, 5, 4, 2.0), (1, 8, 1, 1.0)])
+def test_imagination_with_and_without_cache(context, chunk, steps, shift):
+    world_model = small_world_model(context_frames=context, chunk_size=chunk, flow_steps=steps, timestep_shift=shift)
+    with torch.no_grad():
+        for p in world_model.parameters(): p.add_(0.1 * torch.randn_like(p) if p.requires_grad else 0)
+    past, noise, actions = torch.randn(2, 2, context, 4, 4), torch.randn(2, 2, chunk, 4, 4), torch.randn(2, chunk, 7)
+    cached, plain = (world_model.imagine(past, actions, noise, cached=c) for c in (True, False))
+    assert cached.shape == noise.shape and not cached.requires_grad
+    assert (cached - plain).abs().max() <= 1e-5 * max(1, plain.abs().max())
+
+
+def test_a_dream_does_not_depend_on_who_else_is_in_the_batch():
+    world_model = small_world_model()
+    past, noise, actions = torch.randn(3, 2, 4, 4, 4), torch.randn(3, 2, 8, 4, 4), torch.randn(3, 8, 7)
+    together = world_model.imagine(past, actions, noise)
+    alone = world_model.imagine(past[1:2], actions[1:2], noise[1:2])
+    torch.testing.assert_close(together[1:2], alone, atol=1e-5, rtol=1e-5)
+
+
+def config(steps, **fields):
+    small = dict(batch_size=4, warmup_steps=2, decay_steps=0, ema=0.9, log_every=1, checkpoint_every=2)
+    return WorldModelTrainConfig(**{**small, **fields, "steps": steps})
+
+
+def sample(generator, count):
+    latents, actions = windows(16)
+    index = torch.randint(0, 16, (count,), generator=generator)
+    return latents[index], actions[index]
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_resumed_training_equals_unbroken_training(tmp_path, optimizer):
+    unbroken, logged = small_world_model(), {}
+    train_world_model(unbroken, sample, config(5, optimizer=optimizer), seed=3,
+                      log=lambda step, **numbers: logged.update({step: numbers}))
+
+    def dies(generator, count, calls=[]):
+        calls.append(0)
+        if len(calls) == 4: raise KeyboardInterrupt
+        return sample(generator, count)
+    with pytest.raises(KeyboardInterrupt):
+        train_world_model(small_world_model(), dies, config(5, optimizer=optimizer), seed=3,
+                          checkpointer=Checkpointer(tmp_path, every=2))
+    resumed, relogged = small_world_model(seed=9), {}
+    train_world_model(resumed, sample, config(5, optimizer=optimizer), seed=3,
+                      checkpointer=Checkpointer(tmp_path, every=2),
+                      log=lambda step, **numbers: relogged.update({step: numbers}))
+    assert sorted(relogged) == [2, 3, 4] and all(relogged[s] == logged[s] for s in relogged)
+    for (name, a), b in zip(unbroken.state_dict().items(), resumed.state_dict().values()):
+        assert torch.equal(a, b), name
+
+
+def test_same_seed_same_weights_other_seed_other_weights():
+    states = []
+    for seed in (0, 0, 1):
+        states.append(train_world_model(small_world_model(), sample, config(2), seed=seed).state_dict())
+    key = "stdit.spatial_blocks.0.mlp.fc1.weight"
+    assert torch.equal(states[0][key], states[1][key]) and not torch.equal(states[0][key], states[2][key])
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run():
+    def broken(generator, count): return torch.full((count, 2, 12, 4, 4), float("nan")), torch.zeros(count, 8, 7)
+    with pytest.raises(RuntimeError): train_world_model(small_world_model(), broken, config(3), seed=0)
+
+
+def test_one_window_is_learned_and_dreamt_back():
+    "After 150 steps on one window the model turns any noise into its eight frames."
+    latents, actions = windows()
+    same = lambda generator, count: (latents.expand(count, -1, -1, -1, -1), actions.expand(count, -1, -1))
+    settings = config(150, batch_size=8, learning_rate=4e-3, muon_learning_rate=0.05, ema=0.95, decay_steps=50)
+    world_model = train_world_model(small_world_model(), same, settings, seed=0)
+    assert not world_model.training
+    noise = torch.randn(1, 2, 8, 4, 4, generator=torch.Generator().manual_seed(7))
+    dreamt = world_model.imagine(latents[:, :, :4], actions, noise, steps=8)
+    error = (dreamt - latents[:, :, 4:]).square().mean()
+    assert error < 0.1 * latents[:, :, 4:].var(), error
