@@ -5,8 +5,8 @@ import pytest
 import torch
 from wmpo_nb.presets import RewardConfig, RewardTrainConfig, UserError
 from wmpo_nb.reward import (
-    SuccessClassifier, augment, calibrate, clip_ends, clip_pools, clips_at, decide, f1_score, load_reward, main, preprocess,
-    sample_clips, save_reward, select_threshold, split_trajectories, train_reward, trajectory_scores)
+    SuccessClassifier, augment, calibrate, clip_ends, clip_pools, clips_at, decide, f1_score, hardest, load_reward, main,
+    preprocess, sample_clips, save_reward, select_threshold, split_trajectories, train_reward, trajectory_scores)
 from wmpo_nb.run import Checkpointer
 from wmpo_nb.trajectory import TrajectoryBatch, write_shard
 
@@ -139,14 +139,22 @@ def test_a_clip_ends_where_its_pair_says():
     assert clips_at(frames, torch.tensor([[1, 12]]))[0, :, 0, 0, 0].tolist() == list(range(4, 12))
 
 
-def test_batches_are_balanced_and_labels_right():
+def test_batches_hold_what_was_asked_for_and_labels_are_right():
     batch = trials()
     pools = clip_pools(batch, TRAINING)
-    clips, labels = sample_clips(batch, pools, 32, torch.Generator().manual_seed(0))
-    assert len(clips) == 32 and labels.sum() == 16
+    clips, labels = sample_clips(batch, pools, 16, 48, torch.Generator().manual_seed(0))
+    assert len(clips) == 64 and labels[:16].all() and not labels[16:].any()
     assert torch.equal(clips[:, -1].float().mean((1, 2, 3)) > 100, labels.bool())
-    pools["failure"] = pools["failure"][:0]                # nothing but successes: still balanced
-    assert sample_clips(batch, pools, 32, torch.Generator().manual_seed(0))[1].float().mean() == 0.5
+    pools["failure"] = pools["failure"][:0]                # nothing but successes
+    assert sample_clips(batch, pools, 16, 16, torch.Generator().manual_seed(0))[1].float().mean() == 0.5
+
+
+def test_mining_keeps_the_positives_and_the_most_success_like_negatives():
+    clips = torch.zeros(8, 8, 16, 16, 3, dtype=torch.uint8)
+    clips[4], clips[7] = 200, 100
+    pixels = preprocess(clips, SMALL)
+    assert hardest(brightness_classifier(), pixels, 2).tolist() == [0, 1, 4, 7]
+    assert hardest(brightness_classifier(), pixels, 4).tolist() == list(range(8))
 
 
 def test_augmentation_moves_a_clip_as_one():

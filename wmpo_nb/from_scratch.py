@@ -54,7 +54,7 @@ def make_pretraining_data(run: Run, preset: Preset, workers: int | None = None):
                 run.ledger.add(simulator_steps=steps)
 
 # %% ../nbs/17_from_scratch.ipynb #f6f7841b
-def train_base_policy(run: Run, preset: Preset) -> OpenVLAOFT:
+def train_base_policy(run: Run, preset: Preset):
     "Clone the demonstrations; also writes the action statistics every other stage uses."
     batch = read_shards(run.folder / "data/demonstrations")
     executed = torch.cat([actions[:length] for actions, length in zip(batch.actions, batch.length)])
@@ -65,8 +65,8 @@ def train_base_policy(run: Run, preset: Preset) -> OpenVLAOFT:
     with run.stage("sft"):
         train_sft(policy, frames, chunks, preset.sft, seed=run.seed, log=stage_log(run, "sft"),
                   checkpointer=stage_checkpoints(run, "sft", preset.sft))
-    policy.save_pretrained(weights_folder(run) / f"policy_{preset.task.name}")
-    return policy
+    # half precision: what is shipped must be small, and a run must start from what is shipped
+    policy.to(torch.bfloat16).save_pretrained(weights_folder(run) / f"policy_{preset.task.name}")
 
 # %% ../nbs/17_from_scratch.ipynb #e02686d7
 def stage_log(run: Run, stage: str):
@@ -124,7 +124,7 @@ def pretrain_world_model(run: Run, preset: Preset, vae: VAE) -> WorldModel:
     with run.stage("pretraining"):
         train_world_model(world_model, windows.sample, preset.pretraining, seed=run.seed, log=stage_log(run, "pretraining"),
                           checkpointer=stage_checkpoints(run, "pretraining", preset.pretraining))
-    save_world_model(weights_folder(run) / "world_model.safetensors", world_model)
+    save_world_model(weights_folder(run) / "world_model.safetensors", world_model, dtype=torch.bfloat16)
     return world_model
 
 # %% ../nbs/17_from_scratch.ipynb #7490b9ae
@@ -132,9 +132,10 @@ def pretrain_reward(run: Run, preset: Preset, vae: VAE) -> SuccessClassifier:
     "Train the classifier on reconstructed scripted trials of the preset's task."
     batch = read_shards(run.folder / "data/pretraining" / preset.task.name)
     torch.manual_seed(run.seed)
-    with run.stage("reward"):
-        classifier = train_reward(SuccessClassifier(preset.reward), reconstruct_batch(vae, batch), preset.reward_training, seed=run.seed,
-                                  log=stage_log(run, "reward"), checkpointer=stage_checkpoints(run, "reward", preset.reward_training))
+    with run.stage("reward pretraining"):
+        classifier = train_reward(SuccessClassifier(preset.reward), reconstruct_batch(vae, batch), preset.reward_pretraining, seed=run.seed,
+                                  log=stage_log(run, "reward pretraining"),
+                                  checkpointer=stage_checkpoints(run, "reward_pretraining", preset.reward_pretraining))
     save_reward(weights_folder(run) / "reward.safetensors", classifier)
     return classifier
 

@@ -68,7 +68,7 @@ class WorldModelConfig:
     "How the STDiT is used: context, chunk and flow."
     context_frames: int = 4                            # c in the paper
     chunk_size: int = 8                                # frames generated per call, K
-    flow_steps: int = 8                                # Euler steps from noise to frames
+    flow_steps: int = 5                                # Euler steps from noise to frames
     context_noise: float = 50.0                        # noise on context frames while training, of 1000 (15 released, 50 paper)
     timestep_shift: float = 2.0                        # t' = s t / (1 + (s - 1) t): above 1 spends more training on noisy frames
     image_size: int = 64                               # pixels, the nominal size the position embedding is scaled by
@@ -103,11 +103,11 @@ class RewardConfig:
     "VideoMAE success classifier on short clips and the rule that turns clip scores into a verdict."
     clip_length: int = 8                               # frames per clip, L in the paper
     image_size: int = 64                               # classifier input side, pixels
-    patch_size: int = 16
-    hidden_size: int = 128
+    patch_size: int = 8
+    hidden_size: int = 96
     num_layers: int = 4
-    num_heads: int = 4
-    intermediate_size: int = 512
+    num_heads: int = 3
+    intermediate_size: int = 384
     use_mean_pooling: bool = True
     image_mean: tuple = (0.5, 0.5, 0.5)                # (0.485, 0.456, 0.406) when scoring with the released weights, see O7
     image_std: tuple = (0.5, 0.5, 0.5)
@@ -165,14 +165,14 @@ class VAETrainConfig:
 @dataclass(frozen=True)
 class WorldModelTrainConfig:
     "World-model optimisation; used for pre-training and, with fewer steps, for alignment."
-    steps: int = 3000
+    steps: int = 1900
     batch_size: int = 32                               # windows of context + chunk frames
     optimizer: str = "muon"                            # "muon" (block matrices; AdamW on the rest) or "adamw" (the paper)
     learning_rate: float = 4e-3                        # of AdamW's share
     muon_learning_rate: float = 0.05
     weight_decay: float = 0.0
     warmup_steps: int = 100
-    decay_steps: int = 1000                            # linear cool-down to zero over the last steps
+    decay_steps: int = 700                             # linear cool-down to zero over the last steps
     ema: float = 0.999
     grad_clip: float = 1.0
     replay_share: float = 0.0                          # share of each batch drawn from the pre-training data (alignment only)
@@ -185,14 +185,17 @@ class RewardTrainConfig:
     "Training of the success classifier on real, VAE-reconstructed clips."
     steps: int = 600
     batch_size: int = 32                               # clips, half of them positive
-    learning_rate: float = 5e-4
+    optimizer: str = "muon"                            # "muon" (block matrices; AdamW on the rest) or "adamw" (the paper)
+    learning_rate: float = 1e-3                        # of AdamW's share
+    muon_learning_rate: float = 0.02
     weight_decay: float = 0.01
     warmup_steps: int = 50
     held_out_share: float = 0.25                       # of the trajectories, for F1 and the threshold
     margin: int = 3                                    # steps before success whose clips are neither positive nor negative
     hard_steps: int = 12                               # steps before that, drawn more often as negatives
-    image_shift: int = 2                               # augmentation: random translation, pixels
-    jitter: float = 0.08                               # brightness and contrast, share of the full range
+    mining: int = 3                                    # negatives drawn for each one kept: the most success-like (1: no choice)
+    image_shift: int = 1                               # augmentation: random translation, pixels
+    jitter: float = 0.05                               # brightness and contrast, share of the full range
     pixel_noise: float = 0.02                          # standard deviation, share of the full range
     decay_steps: int = 200                             # linear cool-down to zero over the last steps
     ema: float = 0.99
@@ -204,10 +207,10 @@ class RewardTrainConfig:
 @dataclass(frozen=True)
 class GRPOConfig:
     "Group relative policy optimisation (paper, eq. 3 to 5 and Table 4)."
-    iterations: int = 20
+    iterations: int = 12
     group_size: int = 8                                # G
-    groups: int = 16                                   # informative groups per iteration
-    max_draws: int = 4                                 # rounds of `groups` fresh states before an iteration settles for fewer
+    groups: int = 8                                    # informative groups per iteration
+    max_draws: int = 2                                 # rounds of `groups` fresh states before an iteration settles for fewer
     mini_batch: int = 32                               # trajectories per optimiser step
     micro_batch: int = 8                               # trajectories per forward pass
     learning_rate: float = 2e-4
@@ -252,8 +255,10 @@ class Preset:
     sft: SFTConfig = field(default_factory=SFTConfig)
     vae_training: VAETrainConfig = field(default_factory=VAETrainConfig)
     pretraining: WorldModelTrainConfig = field(default_factory=WorldModelTrainConfig)
-    alignment: WorldModelTrainConfig = field(default_factory=WorldModelTrainConfig)
-    reward_training: RewardTrainConfig = field(default_factory=RewardTrainConfig)
+    alignment: WorldModelTrainConfig = field(default_factory=lambda: WorldModelTrainConfig(
+        steps=200, learning_rate=1e-3, muon_learning_rate=0.02, warmup_steps=20, decay_steps=150))
+    reward_pretraining: RewardTrainConfig = field(default_factory=lambda: RewardTrainConfig(steps=1200, decay_steps=500))
+    reward_training: RewardTrainConfig = field(default_factory=lambda: RewardTrainConfig(steps=300, learning_rate=2e-4, decay_steps=150))
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
@@ -291,9 +296,9 @@ def _paper_training() -> dict:
         pretraining=flow, alignment=flow,
         sft=SFTConfig(demonstrations=300, steps=150_000, batch_size=64, optimizer="adamw", learning_rate=5e-4,
                       label_sigma=0.0, decay_steps=0, ema=0.0, checkpoint_every=1000),
-        reward_training=RewardTrainConfig(steps=200_000, learning_rate=1e-4, weight_decay=1e-4, warmup_steps=0, decay_steps=0,
+        reward_pretraining=RewardTrainConfig(steps=0), reward_training=RewardTrainConfig(steps=200_000, optimizer="adamw", learning_rate=1e-4, weight_decay=1e-4, warmup_steps=0, decay_steps=0, mining=1,
                                           checkpoint_every=500),
-        grpo=GRPOConfig(iterations=100, groups=64, mini_batch=128, micro_batch=1, learning_rate=5e-6),
+        grpo=GRPOConfig(iterations=100, groups=64, max_draws=4, mini_batch=128, micro_batch=1, learning_rate=5e-6),
         evaluation=EvaluationConfig(states=128))
 
 # %% ../nbs/00_presets.ipynb #58896abb

@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = ['RELEASED_NAMES', 'NEGATIVE_SHARES', 'resize_and_crop', 'preprocess', 'make_videomae', 'SuccessClassifier',
            'rename_keys', 'write_released_keys', 'read_released_keys', 'score_clips', 'clip_ends', 'trajectory_scores',
-           'decide', 'judge', 'clip_pools', 'clips_at', 'sample_clips', 'augment', 'f1_score', 'select_threshold',
-           'calibrate', 'split_trajectories', 'train_reward', 'checked_pools', 'save_reward', 'load_reward', 'load_pth',
-           'main']
+           'decide', 'judge', 'clip_pools', 'clips_at', 'sample_clips', 'augment', 'hardest', 'f1_score',
+           'select_threshold', 'calibrate', 'split_trajectories', 'block_named', 'checked_pools', 'clip_loss',
+           'train_reward', 'save_reward', 'load_reward', 'load_pth', 'main']
 
 # %% ../nbs/11_reward.ipynb #852bffb9
 from dataclasses import replace
@@ -173,14 +173,15 @@ def clips_at(frames: torch.Tensor, pairs: torch.Tensor, clip_length: int = 8) ->
 NEGATIVE_SHARES = {"failure": 0.5, "hard": 0.25, "early": 0.25}    # of the negative half of a batch, when all exist
 
 # %% ../nbs/11_reward.ipynb #1a935e1a
-def sample_clips(batch: TrajectoryBatch, pools: dict, count: int, generator: torch.Generator, clip_length: int = 8) -> tuple:
-    "A balanced batch: clips uint8 [N, L, H, W, 3] and labels int64 [N] (1: success), N = `count`."
-    negatives = [kind for kind in NEGATIVE_SHARES if len(pools[kind])]
-    shares = torch.tensor([NEGATIVE_SHARES[kind] for kind in negatives])
-    kinds = torch.multinomial(shares, count // 2, replacement=True, generator=generator).bincount(minlength=len(negatives))
-    quota = {"positive": count - count // 2} | dict(zip(negatives, kinds.tolist()))
+def sample_clips(batch: TrajectoryBatch, pools: dict, positives: int, negatives: int, generator: torch.Generator,
+                 clip_length: int = 8) -> tuple:
+    "Clips uint8 [N, L, H, W, 3] and labels int64 [N] (1: success), positives first; N = `positives` + `negatives`."
+    kinds = [kind for kind in NEGATIVE_SHARES if len(pools[kind])]
+    shares = torch.tensor([NEGATIVE_SHARES[kind] for kind in kinds])
+    counts = torch.multinomial(shares, negatives, replacement=True, generator=generator).bincount(minlength=len(kinds))
+    quota = {"positive": positives} | dict(zip(kinds, counts.tolist()))
     pairs = torch.cat([pools[kind][torch.randint(len(pools[kind]), (n,), generator=generator)] for kind, n in quota.items()])
-    labels = (torch.arange(count) < quota["positive"]).long()
+    labels = (torch.arange(len(pairs)) < positives).long()
     return clips_at(batch.frames, pairs, clip_length), labels
 
 # %% ../nbs/11_reward.ipynb #03a43eeb
@@ -195,6 +196,15 @@ def augment(clips: torch.Tensor, config: RewardTrainConfig, generator: torch.Gen
     brightness, contrast = config.jitter * (2 * torch.rand(2, count, 1, 1, 1, 1, generator=generator) - 1)
     noise = 255 * config.pixel_noise * torch.randn(moved.shape, generator=generator)
     return ((moved - 128) * (1 + contrast) + 128 + 255 * brightness + noise).round().clamp(0, 255).to(torch.uint8)
+
+# %% ../nbs/11_reward.ipynb #30b58d02
+@torch.no_grad()
+def hardest(classifier: SuccessClassifier, pixels: torch.Tensor, positives: int) -> torch.Tensor:
+    "Indices int64 [2 * positives] of pixel values [N, L, 3, size, size]: the first `positives` clips and as many of the worst rest."
+    first = torch.arange(positives, device=pixels.device)
+    if len(pixels) == 2 * positives: return torch.arange(len(pixels), device=pixels.device)
+    logits = classifier(pixels[positives:])
+    return torch.cat([first, positives + (logits[:, 1] - logits[:, 0]).topk(positives).indices])
 
 # %% ../nbs/11_reward.ipynb #bbfa049c
 def f1_score(predicted: torch.Tensor, truth: torch.Tensor) -> dict:
@@ -234,37 +244,9 @@ def split_trajectories(count: int, held_out_share: float, generator: torch.Gener
     return order[held_out:], order[:held_out]
 
 # %% ../nbs/11_reward.ipynb #1b59929f
-def train_reward(classifier: SuccessClassifier, batch: TrajectoryBatch, config: RewardTrainConfig, *, seed: int = 0,
-                 checkpointer=None, log=None) -> SuccessClassifier:
-    """Train on a share of the trajectories and set the threshold on the others; returns the classifier with averaged weights.
-
-    `batch.frames` should have passed the VAE, as dreams do. `classifier.metrics` holds f1, precision, recall, threshold and
-    finish_error on the held-out trajectories. Raises `UserError` if the data lack successes or anything else.
-    """
-    from accelerate import Accelerator
-    accelerator, generator = Accelerator(), torch.Generator().manual_seed(seed)
-    training, held_out = split_trajectories(len(batch), config.held_out_share, generator)
-    training, held_out, clip_length = batch[training], batch[held_out], classifier.config.clip_length
-    pools = checked_pools(training, config, clip_length)
-    generator.manual_seed(seed + accelerator.process_index)
-    model, optimizer = accelerator.prepare(classifier.train(), make_optimizer(classifier.named_parameters(), config))
-    ema, start = EMA(classifier, config.ema), 0
-    if checkpointer: start = checkpointer.register(reward=classifier, optimizer=optimizer, ema=ema, generator=generator).restore()
-    for step in progress(config.steps, "reward", start):
-        clips, labels = sample_clips(training, pools, config.batch_size, generator, clip_length)
-        pixels = preprocess(augment(clips, config, generator), classifier.config).to(accelerator.device)
-        with fast_precision(accelerator.device): logits = model(pixels)
-        loss = F.cross_entropy(logits, labels.to(accelerator.device))
-        norm = optimizer_step(accelerator, loss, model, optimizer, step, config, checkpointer)
-        ema.update(classifier)
-        if log and step % config.log_every == 0:
-            accuracy = (logits.argmax(1).cpu() == labels).float().mean()
-            log(step, loss=loss.item(), accuracy=accuracy.item(), gradient_norm=norm)
-        if checkpointer: checkpointer.maybe_save(step + 1)
-    ema.copy_to(classifier)
-    classifier.eval().metrics = calibrate(classifier, held_out)
-    if log: log(config.steps, **classifier.metrics)
-    return classifier
+def block_named(classifier: SuccessClassifier) -> list:
+    "(name, parameter) pairs with the blocks named as `make_optimizer` looks for them: `layers`, where VideoMAE says `layer`."
+    return [(name.replace(".layer.", ".layers."), parameter) for name, parameter in classifier.named_parameters()]
 
 # %% ../nbs/11_reward.ipynb #5ae50a34
 def checked_pools(batch: TrajectoryBatch, config: RewardTrainConfig, clip_length: int) -> dict:
@@ -275,6 +257,44 @@ def checked_pools(batch: TrajectoryBatch, config: RewardTrainConfig, clip_length
     if sum(map(len, pools.values())) == len(pools["positive"]):
         raise UserError("no failure or early clip to learn from: collect longer trials")
     return pools
+
+# %% ../nbs/11_reward.ipynb #bd2f6ce3
+def clip_loss(model, classifier: SuccessClassifier, batch: TrajectoryBatch, pools: dict, config: RewardTrainConfig,
+              generator: torch.Generator) -> tuple:
+    "Cross-entropy and accuracy on one mined batch; `model` is `classifier`, possibly wrapped for several processes."
+    device, half = next(classifier.parameters()).device, config.batch_size // 2
+    clips, labels = sample_clips(batch, pools, half, half * config.mining, generator, classifier.config.clip_length)
+    pixels = preprocess(augment(clips, config, generator), classifier.config).to(device)
+    with fast_precision(device):
+        chosen = hardest(classifier, pixels, half)
+        logits, labels = model(pixels[chosen]), labels.to(device)[chosen]
+    return F.cross_entropy(logits, labels), (logits.argmax(1) == labels).float().mean()
+
+# %% ../nbs/11_reward.ipynb #0c7ef850
+def train_reward(classifier: SuccessClassifier, batch: TrajectoryBatch, config: RewardTrainConfig, *, seed: int = 0,
+                 checkpointer=None, log=None) -> SuccessClassifier:
+    """Train on a share of the trajectories, set the threshold on the others; returns the classifier with averaged weights.
+
+    `batch.frames` should have passed the VAE, as dreams do. `classifier.metrics` holds f1, precision, recall, threshold and
+    finish_error of the held-out trajectories. Raises `UserError` if the data lack successes or anything else."""
+    from accelerate import Accelerator
+    accelerator, generator = Accelerator(), torch.Generator().manual_seed(seed)
+    training, held_out = (batch[part] for part in split_trajectories(len(batch), config.held_out_share, generator))
+    pools = checked_pools(training, config, classifier.config.clip_length)
+    generator.manual_seed(seed + accelerator.process_index)
+    model, optimizer = accelerator.prepare(classifier.train(), make_optimizer(block_named(classifier), config))
+    ema, start = EMA(classifier, config.ema), 0
+    if checkpointer: start = checkpointer.register(reward=classifier, optimizer=optimizer, ema=ema, generator=generator).restore()
+    for step in progress(config.steps, "reward", start):
+        loss, accuracy = clip_loss(model, classifier, training, pools, config, generator)
+        norm = optimizer_step(accelerator, loss, model, optimizer, step, config, checkpointer)
+        ema.update(classifier)
+        if log and step % config.log_every == 0: log(step, loss=loss.item(), accuracy=accuracy.item(), gradient_norm=norm)
+        if checkpointer: checkpointer.maybe_save(step + 1)
+    ema.copy_to(classifier)
+    classifier.eval().metrics = calibrate(classifier, held_out)
+    if log: log(config.steps, **classifier.metrics)
+    return classifier
 
 # %% ../nbs/11_reward.ipynb #169e888b
 def save_reward(path, classifier: SuccessClassifier):

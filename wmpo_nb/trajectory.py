@@ -14,6 +14,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
+# %% ../nbs/02_trajectory.ipynb #070a6166
+from fastcore.basics import patch
+
 # %% ../nbs/02_trajectory.ipynb #4be1faa4
 from .presets import UserError
 from .run import atomic_write
@@ -34,16 +37,20 @@ class ActionStats:
         q[0, ~mask], q[1, ~mask] = -1.0, 1.0
         return cls(q[0], q[1], mask)
 
-    def normalize(self, actions: torch.Tensor) -> torch.Tensor:
-        "Environment units to the world model's, float32 [..., 7]; all dimensions, no clipping (reference 2.3)."
-        q01, q99 = self.q01.to(actions.device), self.q99.to(actions.device)
-        return (2 * (actions.double() - q01) / (q99 - q01) - 1).float()
+# %% ../nbs/02_trajectory.ipynb #3ac6dfc6
+@patch
+def normalize(self: ActionStats, actions: torch.Tensor) -> torch.Tensor:
+    "Environment units to the world model's, float32 [..., 7]; all dimensions, no clipping (reference 2.3)."
+    q01, q99 = self.q01.to(actions.device), self.q99.to(actions.device)
+    return (2 * (actions.double() - q01) / (q99 - q01) - 1).float()
 
-    def unnormalize(self, normalized: torch.Tensor) -> torch.Tensor:
-        "The policy's [-1, 1] to environment units, float32 [..., 7]; masked-out dimensions pass through (BOUNDS_Q99)."
-        q01, q99, mask = (x.to(normalized.device) for x in (self.q01, self.q99, self.mask))
-        scaled = 0.5 * (normalized.double() + 1) * (q99 - q01 + 1e-8) + q01
-        return torch.where(mask, scaled, normalized.double()).float()
+# %% ../nbs/02_trajectory.ipynb #66814252
+@patch
+def unnormalize(self: ActionStats, normalized: torch.Tensor) -> torch.Tensor:
+    "The policy's [-1, 1] to environment units, float32 [..., 7]; masked-out dimensions pass through (BOUNDS_Q99)."
+    q01, q99, mask = (x.to(normalized.device) for x in (self.q01, self.q99, self.mask))
+    scaled = 0.5 * (normalized.double() + 1) * (q99 - q01 + 1e-8) + q01
+    return torch.where(mask, scaled, normalized.double()).float()
 
 # %% ../nbs/02_trajectory.ipynb #024c2abd
 def save_stats(path, stats: ActionStats, key: str):
@@ -89,15 +96,18 @@ class TrajectoryBatch:
 
     def __len__(self): return len(self.frames)
 
-    def __getitem__(self, index) -> "TrajectoryBatch":
-        "The trajectories at `index`: a slice, an index tensor or a bool mask [B]."
-        return TrajectoryBatch(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+# %% ../nbs/02_trajectory.ipynb #8731df75
+@patch
+def __getitem__(self: TrajectoryBatch, index) -> TrajectoryBatch:
+    "The trajectories at `index`: a slice, an index tensor or a bool mask [B]."
+    return TrajectoryBatch(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
-    @classmethod
-    def cat(cls, batches) -> "TrajectoryBatch":
-        "Concatenate along B."
-        batches = list(batches)
-        return cls(**{f.name: torch.cat([getattr(b, f.name) for b in batches]) for f in fields(cls)})
+# %% ../nbs/02_trajectory.ipynb #57d2d224
+@patch(cls_method=True)
+def cat(cls: TrajectoryBatch, batches) -> TrajectoryBatch:
+    "Concatenate along B."
+    batches = list(batches)
+    return cls(**{f.name: torch.cat([getattr(b, f.name) for b in batches]) for f in fields(cls)})
 
 # %% ../nbs/02_trajectory.ipynb #603e92a6
 class Streams:
@@ -227,8 +237,8 @@ def _batch_of(sample: dict) -> TrajectoryBatch:
 
 # %% ../nbs/02_trajectory.ipynb #9b5c75b9
 def read_shards(folder) -> TrajectoryBatch:
-    "All trajectories of the tar files in `folder`, sorted by name. Raises `UserError` when there are none or one is damaged."
-    paths = sorted(Path(folder).glob("**/*.tar"))
+    "All trajectories of the tar files in `folder` (or of one tar), sorted by name. Raises `UserError` when there are none or one is damaged."
+    paths = [Path(folder)] if Path(folder).is_file() else sorted(Path(folder).glob("**/*.tar"))
     if not paths: raise UserError(f"no trajectories (*.tar) in {folder}: collect some with wmpo-collect")
     batches = []
     for path in paths:

@@ -1,0 +1,93 @@
+"The command a newcomer types: faults before work, and the whole loop once, interrupted and resumed."
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from wmpo_nb.demo import SHIPPED, main
+
+TINY = ["--fast", "--workers", "2", "--collect.trajectories", "24", "--alignment.steps", "3", "--reward_training.steps", "3",
+        "--grpo.iterations", "2", "--grpo.groups", "2", "--grpo.group_size", "4", "--grpo.max_draws", "2", "--evaluation.states", "4",
+        "--world_model.flow_steps", "2", "--grpo.accuracy_low", "0", "--grpo.accuracy_high", "1"]
+
+
+def message(capsys, *arguments):
+    assert main(list(arguments)) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_unknown_preset_field_and_value(capsys, tmp_path):
+    out = ("--output", str(tmp_path / "run"))
+    assert "Did you mean 'tiny_lift'" in message(capsys, "--preset", "tiny_lfit", *out)
+    assert "Did you mean 'grpo.group_size'" in message(capsys, "--grpo.groupsize", "4", *out)
+    assert "grpo.group_size" in message(capsys, "--grpo.group_size", "many", *out)
+    assert "tiny presets" in message(capsys, "--preset", "coffee_128", *out)
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_truncated_and_wrong_weights(capsys, tmp_path):
+    out = ("--output", str(tmp_path / "run"))
+    assert "nowhere" in message(capsys, "--weights", str(tmp_path / "nowhere"), *out)
+    shutil.copytree(SHIPPED, tmp_path / "weights")
+    path = tmp_path / "weights/world_model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+    assert "world_model.safetensors" in message(capsys, "--weights", str(tmp_path / "weights"), *out)
+    shutil.copy(SHIPPED / "vae.safetensors", tmp_path / "weights/reward.safetensors")
+    shutil.copy(SHIPPED / "world_model.safetensors", path)
+    assert "reward.safetensors" in message(capsys, "--weights", str(tmp_path / "weights"), *out)
+    assert not (tmp_path / "run").exists()
+
+
+def test_unwritable_output(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "file" in message(capsys, "--output", str(tmp_path / "file" / "run"))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    "The same tiny run twice: unbroken, and killed in the middle and resumed."
+    folder = tmp_path_factory.mktemp("demo")
+    command = [sys.executable, "-c", "from wmpo_nb.demo import main; raise SystemExit(main())", *TINY, "--cache", str(folder / "cache")]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "--output", str(folder / "whole")], check=True, env=env)
+    broken = subprocess.Popen([*command, "--output", str(folder / "broken")], env=env, start_new_session=True)
+    while broken.poll() is None and "grpo" not in (folder / "broken/metrics.jsonl").read_text() \
+            if (folder / "broken/metrics.jsonl").exists() else broken.poll() is None: time.sleep(0.05)
+    if broken.poll() is None: os.killpg(broken.pid, signal.SIGKILL)
+    broken.wait()
+    done = subprocess.run([*command, "--output", str(folder / "broken"), "--resume"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_resumed_equals_unbroken(runs):
+    folder, _ = runs
+    for name in ("policy/model.safetensors", "world_model.safetensors", "reward.safetensors", "evaluations.json"):
+        assert (folder / "whole" / name).read_bytes() == (folder / "broken" / name).read_bytes(), name
+
+
+def test_record_and_report(runs):
+    folder, printed = runs
+    record = json.loads((folder / "whole/record.json").read_text())
+    assert record["fast"] and record["ledger"]["real_trajectories"] == 24 and record["ledger"]["imagined_frames"] > 0
+    assert {"collect", "align", "reward", "grpo", "evaluate"} <= set(record["ledger"]["seconds"])
+    assert [len(e["success"]) for e in record["evaluations"].values()] == [4, 4]
+    page = (folder / "whole/report.html").read_text()
+    assert "McNemar" in page and "<script" not in page and "after alignment" in page
+    assert "after WMPO" in printed and "report.html" in printed
+
+
+def test_test_states_are_new(runs):
+    "No state that was examined was collected, and the range says so."
+    folder, _ = runs
+    record = json.loads((folder / "whole/record.json").read_text())
+    tested = {s for e in record["evaluations"].values() for s in e["state_id"]}
+    collected = {int(p.name.split("_")[0]) + i for p in (folder / "cache").glob("*/*.tar") for i in range(int(p.stem.split("_")[1]))}
+    assert tested and collected and not tested & collected

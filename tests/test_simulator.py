@@ -1,0 +1,138 @@
+"The real simulator: exact replay, determinism, experts, and the protocol."
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from wmpo_nb.presets import TaskConfig, UserError, load_preset
+from wmpo_nb.simulator import (
+    Environment, Simulator, Style, choose_gl, collect_scripted, initial_states, script_trial, scripted_styles)
+from wmpo_nb.trajectory import InitialState, read_shards
+
+TASK = TaskConfig(image_size=32)
+
+
+@pytest.fixture(scope="module")
+def env(): return Environment(TASK)
+
+
+def run(env, actions):
+    for action in actions: env.step(action)
+    return env.snapshot()
+
+
+def same(a, b): return all(np.array_equal(np.concatenate([np.ravel(x) for x in (p if isinstance(p, tuple) else (p,))]),
+                                          np.concatenate([np.ravel(x) for x in (q if isinstance(q, tuple) else (q,))])) for p, q in zip(a, b))
+
+
+def test_snapshot_replays_exactly_through_contact(env):
+    "Until the gripper holds the cube, from a snapshot in the middle, after the environment has been elsewhere."
+    env.reset(11)
+    trial = script_trial(env, 11, Style(noise=0.1))
+    env.reset(11)
+    actions = trial["actions"][:trial["length"]]
+    half = len(actions) // 2
+    middle = run(env, actions[:half])
+    end, picture = run(env, actions[half:]), env.frame()
+    env.reset(12)
+    env.restore(middle)
+    assert same(run(env, actions[half:]), end)
+    assert np.array_equal(env.frame(), picture)
+    assert np.array_equal(picture, trial["frames"][trial["length"]])
+
+
+def test_same_seed_same_world_other_seed_another(env):
+    env.reset(5)
+    first = env.frame()
+    env.reset(6)
+    assert not np.array_equal(env.frame(), first)
+    env.reset(5)
+    assert np.array_equal(env.frame(), first)
+
+
+def test_expert_succeeds_and_doing_nothing_does_not(env):
+    assert all(script_trial(env, seed, Style())["success"] for seed in range(20, 25))
+    env.reset(20)
+    run(env, np.zeros((20, 7)))
+    assert not env.success()
+
+
+def test_stack_expert_succeeds():
+    env = Environment(load_preset("tiny_stack", {"task.image_size": "32"}).task)
+    assert sum(script_trial(env, seed, Style())["success"] for seed in range(3)) >= 2
+
+
+def test_finish_step_is_the_first_success(env):
+    trial = script_trial(env, 21, Style())
+    env.reset(21)
+    states = [(env.step(a), env.success())[1] for a in trial["actions"][:trial["length"]]]
+    assert states.index(True) + 1 == trial["finish_step"] and trial["length"] % 8 == 0 and trial["length"] - trial["finish_step"] < 8
+
+
+def test_workers_do_not_change_results():
+    "Two processes and none: the same frames and verdicts, whoever continues which trial."
+    states = [InitialState(s, None) for s in (31, 32, 33)]
+    actions = torch.rand(3, 2, 8, 7, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    seen = []
+    for workers in (0, 2):
+        with Simulator(TASK, workers) as simulator:
+            frames = [simulator.reset(states)] + [simulator.step(actions[:, k]) for k in range(2)]
+            seen.append((frames, simulator.executed.clone()))
+    for a, b in zip(seen[0][0], seen[1][0]): assert torch.equal(a, b)
+    assert seen[0][1].tolist() == [16, 16, 16]
+
+
+def test_without_every_frame_the_last_of_each_chunk_is_drawn():
+    states, actions = [InitialState(31, None)], torch.rand(1, 8, 7, generator=torch.Generator().manual_seed(1))
+    with Simulator(TASK, 0) as full, Simulator(TASK, 0, every_frame=False) as quick:
+        full.reset(states)
+        frames = full.step(actions)
+        quick.reset(states)
+        assert torch.equal(quick.step(actions)[:, 0], frames[:, -1])
+
+
+def test_steps_are_counted():
+    before = Simulator.steps
+    with Simulator(TASK, 0) as simulator:
+        simulator.reset([InitialState(1, None), InitialState(2, None)])
+        simulator.step(torch.zeros(2, 8, 7))
+    assert Simulator.steps - before == 16
+
+
+def test_initial_states_show_what_reset_shows():
+    with Simulator(TASK, 0) as simulator:
+        states = initial_states(simulator, [41, 42])
+        assert torch.equal(torch.stack([s.frame for s in states]), simulator.reset(states))
+
+
+def test_interrupted_collection_goes_on_where_it_stopped(tmp_path):
+    with Simulator(TaskConfig(image_size=16, horizon=8), 0) as simulator:
+        collect_scripted(simulator, tmp_path / "whole", "near_miss", range(4), shard=2)
+        collect_scripted(simulator, tmp_path / "parts", "near_miss", range(4), shard=2)
+        kept = (tmp_path / "parts/near_miss_00000.tar").stat().st_mtime_ns
+        (tmp_path / "parts/near_miss_00001.tar").unlink()
+        collect_scripted(simulator, tmp_path / "parts", "near_miss", range(4), shard=2)
+    whole, parts = read_shards(tmp_path / "whole"), read_shards(tmp_path / "parts")
+    assert torch.equal(whole.frames, parts.frames) and torch.equal(whole.intended, parts.intended)
+    assert (tmp_path / "parts/near_miss_00000.tar").stat().st_mtime_ns == kept
+
+
+def test_noise_is_executed_but_not_intended(env):
+    trial = script_trial(env, 22, Style(noise=0.2))
+    moved = np.abs(trial["actions"] - trial["intended"])[:trial["length"]]
+    assert moved[:, :6].max() > 0.05 and moved[:, 6].max() == 0
+    assert [s.noise for s in scripted_styles("expert", 3, 7)] == [s.noise for s in scripted_styles("expert", 5, 7)][:3]
+
+
+def test_unknown_task_and_missing_library_are_one_clear_line(monkeypatch):
+    with pytest.raises(UserError, match="known: lift, stack"): Environment(TaskConfig(name="coffee"))
+    monkeypatch.setattr("ctypes.util.find_library", lambda name: None)
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    with pytest.raises(UserError, match="apt-get install"): choose_gl()
+
+
+def test_importing_touches_no_simulator():
+    code = "import sys, wmpo_nb.simulator; sys.exit('mujoco' in sys.modules or 'robosuite' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,115 @@
+"Windows, statistics, streams, shards and the rollout loop."
+import json
+import tarfile
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+
+from wmpo_nb.presets import SEED_RANGES, UserError, seeds_for
+from wmpo_nb.trajectory import (
+    ActionStats, InitialState, Streams, TrajectoryBatch, load_stats, read_shards, save_stats, window_frames, window_starts, write_shard)
+
+
+def a_batch(count=3, steps=16, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    chunks = steps // 8
+    return TrajectoryBatch(
+        torch.randint(0, 256, (count, steps + 1, 8, 8, 3), generator=g, dtype=torch.uint8), torch.randn(count, steps, 7, generator=g),
+        torch.randint(256, 512, (count, chunks, 56), generator=g), torch.randn(count, chunks, 56, generator=g),
+        torch.tensor([True, False, True][:count]), torch.tensor([11, 16, 5][:count]), torch.tensor([16, 16, 8][:count]),
+        torch.tensor([300, 70_000, 2][:count]), torch.zeros(count, dtype=torch.long))
+
+
+def test_generated_frame_follows_the_paired_action():
+    frames, starts = window_frames(torch.arange(20)), torch.arange(20)
+    for j in range(8):
+        # frame i+1 is what action i led to
+        assert torch.equal(frames[:, 4 + j] - 1, starts + j)
+
+
+def test_context_repeats_frame_zero_before_the_beginning():
+    assert window_frames(torch.tensor([1]))[0, :4].tolist() == [0, 0, 0, 1]
+
+
+def test_windows_stay_within_what_was_executed():
+    pairs = window_starts(torch.tensor([16, 8, 7]))
+    assert pairs[:, 0].bincount(minlength=3).tolist() == [9, 1, 0]
+    assert (pairs[:, 1] + 8 <= torch.tensor([16, 8, 7])[pairs[:, 0]]).all()
+
+
+def test_gripper_passes_through_the_policy_and_is_identity_for_the_world_model():
+    actions = torch.randn(500, 7)
+    actions[:, 6] = actions[:, 6].sign()
+    stats = ActionStats.from_actions(actions)
+    assert torch.allclose(stats.normalize(actions)[:, 6], actions[:, 6])
+    assert torch.equal(stats.unnormalize(torch.full((7,), 0.25))[6], torch.tensor(0.25))
+
+
+def test_statistics_file_round_trip(tmp_path):
+    stats = ActionStats.from_actions(torch.randn(100, 7))
+    save_stats(tmp_path / "s.json", stats, "lift")
+    again = load_stats(tmp_path / "s.json", "lift")
+    assert torch.equal(again.q01, stats.q01) and torch.equal(again.mask, stats.mask)
+    with pytest.raises(UserError, match="it holds: lift"): load_stats(tmp_path / "s.json", "lfit")
+    with pytest.raises(UserError, match="cannot read"): load_stats(tmp_path / "none.json")
+
+
+def test_a_stream_does_not_depend_on_its_company():
+    crowd = Streams(5, [1, 2, 3], [0, 1, 0]).uniform((9,))
+    assert torch.equal(Streams(5, [2], [1]).uniform((9,))[0], crowd[1])
+    assert not torch.equal(Streams(6, [2], [1]).uniform((9,))[0], crowd[1])
+    assert not torch.equal(Streams(5, [2], [0]).uniform((9,))[0], crowd[1])
+
+
+def test_shards_keep_everything(tmp_path):
+    batch = a_batch()
+    write_shard(tmp_path / "a.tar", batch)
+    for back in (read_shards(tmp_path), read_shards(tmp_path / "a.tar")):
+        for f in fields(TrajectoryBatch): assert torch.equal(getattr(back, f.name), getattr(batch, f.name)), f.name
+
+
+def test_upstream_shards_are_read(tmp_path):
+    "The members of the released code's tars: no length, no log-probabilities, a state id of one byte."
+    folder = tmp_path / "members"
+    folder.mkdir()
+    np.save(folder / "000000000.video.npy", np.zeros((17, 4, 4, 3), np.uint8))
+    np.save(folder / "000000000.action.npy", np.ones((16, 7), np.float32))
+    np.save(folder / "000000000.state_id.npy", np.uint8(9))
+    (folder / "000000000.meta.json").write_text(json.dumps({"complete": True, "finish_step": 12, "unique_id": "x"}))
+    with tarfile.open(tmp_path / "shard.tar", "w") as archive:
+        for path in sorted(folder.iterdir()): archive.add(path, path.name)
+    batch = read_shards(tmp_path / "shard.tar")
+    assert (batch.success.item(), batch.finish_step.item(), batch.length.item(), batch.state_id.item()) == (True, 12, 12, 9)
+
+
+@pytest.mark.parametrize("cut", [100, 3000, 9000])
+def test_truncated_shard_is_refused_by_name(tmp_path, cut):
+    write_shard(tmp_path / "a.tar", a_batch())
+    data = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(data[:cut])
+    with pytest.raises(UserError, match="a.tar is damaged"): read_shards(tmp_path)
+
+
+def test_no_shards_says_what_to_do(tmp_path):
+    with pytest.raises(UserError, match="wmpo-collect"): read_shards(tmp_path)
+
+
+def test_pickled_member_is_not_executed(tmp_path):
+    np.save(tmp_path / "000000000.video.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with tarfile.open(tmp_path / "shard.tar", "w") as archive: archive.add(tmp_path / "000000000.video.npy", "000000000.video.npy")
+    with pytest.raises(UserError, match="damaged"): read_shards(tmp_path / "shard.tar")
+
+
+def test_every_use_has_seeds_of_its_own():
+    uses = list(SEED_RANGES)
+    owned = {use: {s for run in (0, 1, 99) for s in seeds_for(use, 500, run)} for use in uses}
+    for i, a in enumerate(uses):
+        assert owned[a] <= set(SEED_RANGES[a])
+        for b in uses[i + 1:]: assert not owned[a] & owned[b] and not set(SEED_RANGES[a]) & set(SEED_RANGES[b])
+    with pytest.raises(UserError): seeds_for("test", 10_001)
+
+
+def test_initial_state_needs_only_a_frame():
+    assert InitialState(3, torch.zeros(2, 2, 3)).simulator_state is None

@@ -1,0 +1,133 @@
+"One loop, two worlds: the simulator and the dream behind the same three methods, with the shipped networks."
+import subprocess
+import sys
+import textwrap
+from dataclasses import fields
+
+import pytest
+import torch
+
+from wmpo_nb.demo import SHIPPED, Parts
+from wmpo_nb.dream import Dream
+from wmpo_nb.evaluation import agreement, replay
+from wmpo_nb.presets import load_preset, seeds_for
+from wmpo_nb.reward import judge
+from wmpo_nb.simulator import Simulator, initial_states
+from wmpo_nb.trajectory import Streams, TrajectoryBatch, rollout
+
+PRESET = load_preset("tiny_lift")
+CHUNKS = 3
+
+
+@pytest.fixture(scope="module")
+def parts(): return Parts(SHIPPED, "lift")
+
+
+@pytest.fixture(scope="module")
+def dream(parts): return Dream(parts.world_model(), parts.vae, parts.classifier(), parts.stats)
+
+
+@pytest.fixture(scope="module")
+def simulator():
+    with Simulator(PRESET.task, 0) as world: yield world
+
+
+@pytest.fixture(scope="module")
+def states(simulator): return initial_states(simulator, seeds_for("selection", 2))
+
+
+@pytest.mark.parametrize("name", ["simulator", "dream"])
+def test_the_same_loop_runs_in_both(name, request, parts, states):
+    world = request.getfixturevalue(name)
+    batch = rollout(parts.base, world, states, chunks=CHUNKS, group_size=2, temperature=1.6, seed=3)
+    assert batch.frames.shape == (4, 8 * CHUNKS + 1, 64, 64, 3) and batch.frames.dtype == torch.uint8
+    assert batch.actions.shape == (4, 8 * CHUNKS, 7) and batch.tokens.shape == (4, CHUNKS, 56) == batch.log_probs.shape
+    assert batch.success.dtype == torch.bool and batch.finish_step.dtype == torch.int64
+    assert (batch.finish_step <= batch.length).all() and batch.state_id.tolist() == [states[0].state_id] * 2 + [states[1].state_id] * 2
+    # both begin with the same picture, and siblings part
+    assert torch.equal(batch.frames[::2, 0], torch.stack([s.frame for s in states]))
+    assert not torch.equal(batch.actions[0], batch.actions[1])
+
+
+@pytest.mark.parametrize("name", ["simulator", "dream"])
+def test_same_seed_same_trajectories(name, request, parts, states):
+    world = request.getfixturevalue(name)
+    one, two = (rollout(parts.base, world, states, chunks=2, temperature=1.6, seed=4) for _ in range(2))
+    for f in fields(TrajectoryBatch): assert torch.equal(getattr(one, f.name), getattr(two, f.name)), f.name
+
+
+def test_dreaming_takes_no_simulator_step(parts, dream, states):
+    before = Simulator.steps
+    rollout(parts.base, dream, states, chunks=2, temperature=1.6)
+    assert Simulator.steps == before
+
+
+def test_a_dream_needs_no_simulator_at_all(tmp_path, states):
+    "In a process where importing MuJoCo or robosuite fails, the dream still runs."
+    torch.save(torch.stack([s.frame for s in states]), tmp_path / "frames.pt")
+    code = textwrap.dedent(f"""
+        import sys
+        sys.modules['mujoco'] = sys.modules['robosuite'] = None
+        import torch
+        from wmpo_nb.demo import SHIPPED, Parts
+        from wmpo_nb.dream import Dream
+        from wmpo_nb.trajectory import InitialState, rollout
+        parts = Parts(SHIPPED, 'lift')
+        dream = Dream(parts.world_model(), parts.vae, parts.classifier(), parts.stats)
+        frames = torch.load(r'{tmp_path / "frames.pt"}', weights_only=True)
+        batch = rollout(parts.base, dream, [InitialState(i, f) for i, f in enumerate(frames)], chunks=2)
+        assert batch.frames.shape[1] == 17
+    """)
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_verdict_while_dreaming_is_the_verdict_afterwards(parts, dream, states):
+    "Chunk by chunk or over the whole film: the same success and the same step (threshold low, so that some succeed)."
+    threshold = dream.classifier.config.threshold
+    try:
+        dream.classifier.config = type(dream.classifier.config)(**{**vars(dream.classifier.config), "threshold": 0.02})
+        batch = rollout(parts.base, dream, states, chunks=4, group_size=4, temperature=1.6, seed=5)
+        success, finish = judge(dream.classifier, batch.frames, batch.length)
+    finally:
+        dream.classifier.config = type(dream.classifier.config)(**{**vars(dream.classifier.config), "threshold": threshold})
+    assert torch.equal(success, batch.success)
+    assert torch.equal(finish[success], batch.finish_step[success])
+
+
+def test_a_finished_dream_is_not_continued(dream, states):
+    dream.reset(states, Streams(0, [0, 1], [0, 0]))
+    dream.step(torch.zeros(2, 8, 7))
+    dream.finish[0] = 5
+    count = Dream.frames
+    frames = dream.step(torch.zeros(2, 8, 7))
+    assert Dream.frames - count == 8
+    assert (frames[0] == frames[0, :1]).all() and not (frames[1] == frames[1, :1]).all()
+
+
+def test_fate_of_one_dream_does_not_change_another(dream, states):
+    "The second dream is the same whether or not the first has finished."
+    seen = []
+    for finish in (0, 5):
+        dream.reset(states, Streams(0, [0, 1], [0, 0]))
+        dream.finish[0] = finish
+        seen.append(dream.step(torch.zeros(2, 8, 7))[1].int())
+    assert (seen[0] - seen[1]).abs().float().mean() < 1.0     # bf16 products may round differently with the batch size
+
+
+def test_context_is_never_encoded_again(parts, dream, states):
+    "The context of the second chunk is the first chunk's own latents."
+    dream.reset(states, Streams(0, [0, 1], [0, 0]))
+    calls, encode = [], dream.vae.encode
+    dream.vae.encode = lambda *a, **k: calls.append(1) or encode(*a, **k)
+    try:
+        for _ in range(2): dream.step(torch.zeros(2, 8, 7))
+    finally: del dream.vae.encode
+    assert not calls and dream.context.shape[2] == PRESET.world_model.context_frames
+
+
+def test_replaying_in_the_simulator_is_reality(parts, simulator, states):
+    "The open-loop comparison has no error of its own: reality replayed is reality."
+    real = rollout(parts.base, simulator, states, chunks=CHUNKS, temperature=1.0, seed=6)
+    again = replay(simulator, real)
+    assert torch.equal(again.frames, real.frames) and torch.equal(again.success, real.success)
+    assert agreement(real, again).psnr[1] == 100
