@@ -89,6 +89,7 @@ def _make_robosuite(task: TaskConfig):
     reach = [-task.placement, task.placement]
     sampler = UniformRandomSampler("ObjectSampler", x_range=reach, y_range=reach, rotation=None, reference_pos=np.array([0, 0, 0.8]),
                                    ensure_object_boundary_in_range=False, ensure_valid_placement=True, z_offset=0.01)
+    np.random.seed(0)      # robosuite draws the cubes' exact size when the environment is made: every worker must draw the same
     env = robosuite.make(
         TASKS[task.name].environment, robots="Panda", controller_configs=load_controller_config(default_controller="OSC_POSE"),
         placement_initializer=sampler, has_renderer=False, has_offscreen_renderer=False, use_camera_obs=False, use_object_obs=False,
@@ -135,6 +136,20 @@ def _place_camera(self: Environment, mujoco):
     self.visual = mujoco.MjvOption()
     self.visual.geomgroup[:] = [0, 1, 0, 0, 0, 0]      # robosuite keeps collision shapes in group 0
     self.reflection = mujoco.mjtRndFlag.mjRND_REFLECTION
+
+# %% ../nbs/03_simulator.ipynb #1e4b6051
+@patch
+def close(self: Environment):
+    "Free the renderer. Other environments of this process go on drawing."
+    if getattr(self, "renderer", None) is None: return
+    context = self.renderer._gl_context
+    if context: context.make_current()
+    self.renderer.close()
+    self.renderer = None
+
+# %% ../nbs/03_simulator.ipynb #da26bf36
+@patch
+def __del__(self: Environment): self.close()
 
 # %% ../nbs/03_simulator.ipynb #43979090
 @patch
@@ -278,6 +293,7 @@ _environment: Environment | None = None      # each worker process has its own
 # %% ../nbs/03_simulator.ipynb #0b5a4e32
 def _start_worker(task: TaskConfig):
     global _environment
+    _environment = None            # the old one frees its renderer before the new one makes its own
     _environment = Environment(task)
 
 # %% ../nbs/03_simulator.ipynb #ae0296f8
