@@ -80,7 +80,7 @@ def test_record_and_report(runs):
     assert {"collect", "align", "reward", "grpo", "evaluate"} <= set(record["ledger"]["seconds"])
     assert [len(e["success"]) for e in record["evaluations"].values()] == [4, 4]
     page = (folder / "whole/report.html").read_text()
-    assert "McNemar" in page and "<script" not in page and "after alignment" in page
+    assert "95 % interval" in page and "<script" not in page and "after alignment" in page
     assert "after WMPO" in printed and "report.html" in printed
 
 

@@ -20,7 +20,7 @@ CHUNKS = 3
 
 
 @pytest.fixture(scope="module")
-def parts(): return Parts(SHIPPED, "lift")
+def parts(): return Parts(SHIPPED, PRESET)
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +71,9 @@ def test_a_dream_needs_no_simulator_at_all(tmp_path, states):
         import torch
         from wmpo_nb.demo import SHIPPED, Parts
         from wmpo_nb.dream import Dream
+        from wmpo_nb.presets import Preset
         from wmpo_nb.trajectory import InitialState, rollout
-        parts = Parts(SHIPPED, 'lift')
+        parts = Parts(SHIPPED, Preset())
         dream = Dream(parts.world_model(), parts.vae, parts.classifier(), parts.stats)
         frames = torch.load(r'{tmp_path / "frames.pt"}', weights_only=True)
         batch = rollout(parts.base, dream, [InitialState(i, f) for i, f in enumerate(frames)], chunks=2)

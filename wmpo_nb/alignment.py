@@ -14,7 +14,7 @@ import torch
 # %% ../nbs/10_alignment.ipynb #a91e82d1
 from .presets import Preset, STDiTConfig, UserError, WorldModelConfig, WorldModelTrainConfig
 from .run import (
-    Checkpointer, Run, command, load_into, load_weights, parse_preset, preset_parser, progress, save_weights)
+    Checkpointer, Run, command, config_of, load_into, parse_preset, preset_parser, progress, save_weights)
 from .stdit import STDiT
 from .trajectory import ActionStats, TrajectoryBatch, load_stats, read_shards, window_frames, window_starts
 from .vae import VAE, load_vae
@@ -97,10 +97,10 @@ def save_world_model(path, world_model: WorldModel, dtype: torch.dtype | None = 
     save_weights(path, world_model, config=config, dtype=dtype)
 
 # %% ../nbs/10_alignment.ipynb #bae5f4b3
-def load_world_model(path) -> WorldModel:
-    "The world model in `path`, with the configuration it was saved with, in evaluation mode."
-    config = load_weights(path)[1]
-    world_model = WorldModel(WorldModelConfig(**config["world_model"]), STDiT(STDiTConfig(**config["stdit"])))
+def load_world_model(path, config: WorldModelConfig | None = None) -> WorldModel:
+    "The world model in `path` in evaluation mode; `config` (flow steps and such) defaults to the one it was saved with."
+    stdit = STDiT(config_of(path, STDiTConfig, "stdit"))
+    world_model = WorldModel(config or config_of(path, WorldModelConfig, "world_model"), stdit)
     load_into(world_model, path)
     return world_model.eval()
 

@@ -34,14 +34,14 @@ SHIPPED = Path(__file__).parent / "weights" if "__file__" in globals() else Path
 # %% ../nbs/19_demo.ipynb #47fc7504
 class Parts:
     "The networks a run starts from, read from a folder of weights. Raises `UserError` when one is missing or damaged."
-    def __init__(self, folder: Path, task: str):
-        self.folder, self.policy_folder = Path(folder), Path(folder) / f"policy_{task}"
+    def __init__(self, folder: Path, preset: Preset):
+        self.folder, self.preset = Path(folder), preset
         self.base = self.policy()
         self.vae, self.stats = load_vae(self.folder / "vae.safetensors"), self.base.stats
         self.world_model(), self.classifier()      # fail now rather than after minutes of work
 
-    def policy(self): return OpenVLAOFT.from_pretrained(self.policy_folder)
-    def world_model(self): return load_world_model(self.folder / "world_model.safetensors")
+    def policy(self): return OpenVLAOFT.from_pretrained(self.folder / f"policy_{self.preset.task.name}")
+    def world_model(self): return load_world_model(self.folder / "world_model.safetensors", self.preset.world_model)
     def classifier(self): return load_reward(self.folder / "reward.safetensors")
 
 # %% ../nbs/19_demo.ipynb #f30dd70a
@@ -66,7 +66,7 @@ def align_world_model(run: Run, parts: Parts, batch: TrajectoryBatch):
                                 checkpointer=stage_checkpoints(run, "align", run.preset.alignment))
             save_world_model(path, world_model)
         run.done("align")
-    return load_world_model(path)
+    return load_world_model(path, run.preset.world_model)
 
 # %% ../nbs/19_demo.ipynb #21043fc3
 def fit_reward(run: Run, parts: Parts, batch: TrajectoryBatch):
@@ -203,9 +203,9 @@ def main(argv=None):
     for field, value in FAST.items() if args.fast else ():
         if f"--{field}" not in given: preset = override(preset, field, value)
     choose_gl()
-    if not args.from_scratch: parts = Parts(args.weights or SHIPPED, preset.task.name)
+    if not args.from_scratch: parts = Parts(args.weights or SHIPPED, preset)
     run = Run(args.output, preset, "wmpo-demo", args.seed, args.resume)
-    if args.from_scratch: parts = Parts(make_weights(run, preset, args.workers), preset.task.name)
+    if args.from_scratch: parts = Parts(make_weights(run, preset, args.workers), preset)
     results = run_demo(run, parts, args.cache, FAST_HELD_OUT if args.fast else HELD_OUT, args.workers)
     record = make_record(run, "wmpo-demo " + " ".join(given), args.fast, *results)
     save_record(run.folder, record)

@@ -7,7 +7,6 @@ __all__ = ['make_demonstrations', 'make_pretraining_data', 'train_base_policy', 
 
 # %% ../nbs/17_from_scratch.ipynb #03a70a5c
 import math
-from dataclasses import asdict, replace
 from pathlib import Path
 
 # %% ../nbs/17_from_scratch.ipynb #b4c460f2

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 # %% ../nbs/11_reward.ipynb #02aa1e4d
 from .presets import RewardConfig, RewardTrainConfig, UserError
-from .run import (
-    EMA, Checkpointer, Run, command, load_into, load_weights, make_optimizer, optimizer_step, parse_preset, preset_parser,
+from .run import (config_of, 
+    EMA, Checkpointer, Run, command, load_into, make_optimizer, optimizer_step, parse_preset, preset_parser,
     progress, save_weights)
 from .trajectory import TrajectoryBatch, read_shards
 from .world_model import fast_precision
@@ -312,8 +312,7 @@ def load_reward(path, config: RewardConfig | None = None) -> SuccessClassifier:
         classifier = SuccessClassifier(replace(config, use_mean_pooling="fc_norm.weight" in state))
         classifier.load_state_dict(state)
         return classifier.eval()
-    saved = load_weights(path)[1]
-    classifier = SuccessClassifier(config or RewardConfig(**saved))
+    classifier = SuccessClassifier(config or config_of(path, RewardConfig))
     load_into(classifier, path)
     return classifier.eval()
 

@@ -5,7 +5,7 @@ __all__ = ['GL_PACKAGES', 'TASKS', 'choose_gl', 'Waypoint', 'Task', 'Snapshot', 
            'script_trial', 'Simulator', 'initial_states', 'script_trials', 'scripted_styles', 'collect_scripted']
 
 # %% ../nbs/03_simulator.ipynb #510d8167
-import ctypes.util, functools, multiprocessing, os, sys
+import ctypes.util, multiprocessing, os, sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from fastcore.basics import patch
 
 # %% ../nbs/03_simulator.ipynb #6fa5e1f5
-from .presets import TaskConfig, UserError, seeds_for
+from .presets import TaskConfig, UserError
 from .run import progress
 from .trajectory import InitialState, TrajectoryBatch, write_shard
 

@@ -15,8 +15,8 @@ from torch import nn
 
 from .policy import bfloat16_is_fast
 from .presets import UserError, VAEConfig, VAETrainConfig
-from .run import (
-    EMA, Checkpointer, Run, command, load_into, load_weights, make_optimizer, optimizer_step, parse_preset, preset_parser,
+from .run import (config_of, 
+    EMA, Checkpointer, Run, command, load_into, make_optimizer, optimizer_step, parse_preset, preset_parser,
     progress, save_weights)
 from .trajectory import TrajectoryBatch, read_shards
 
@@ -229,7 +229,7 @@ def save_vae(path, vae: VAE):
 # %% ../nbs/06_vae.ipynb #d8c607f4
 def load_vae(path) -> VAE:
     "The VAE of a file from `save_vae`, in evaluation mode. Raises `UserError` when it is missing, damaged or does not fit."
-    vae = VAE(VAEConfig(**load_weights(path)[1]))
+    vae = VAE(config_of(path, VAEConfig))
     load_into(vae, path)
     return vae.eval()
 
