@@ -19,7 +19,7 @@ GL_FOUND = $(PYTHON) -c "import ctypes.util as u; print(*(n for n in ('OSMesa', 
 .DELETE_ON_ERROR:
 
 demo: setup
-	$(BIN)/wmpo-demo
+	$(BIN)/wmpo-demo --resume
 
 setup: gl .venv/installed
 

@@ -36,7 +36,7 @@ setup(
     ],
     python_requires=f">={settings['min_python']}",
     packages=["wmpo_nb"],
-    package_data={"wmpo_nb": ["weights/*.safetensors", "weights/*.json"]},
+    package_data={"wmpo_nb": ["weights/*.safetensors", "weights/*/*.safetensors", "weights/*/*.json"]},
     include_package_data=False,
     install_requires=lines("requirements"),
     extras_require={"dev": lines("dev_requirements")},

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parent.parent
 PACKAGE, NOTEBOOKS = ROOT / "wmpo_nb", sorted((ROOT / "nbs").glob("*.ipynb"))
 MODULES = sorted(path for path in PACKAGE.glob("*.py") if path.name not in ("__init__.py", "_modidx.py"))
-WEIGHTS = sorted((PACKAGE / "weights").glob("*.safetensors"))
+WEIGHTS = sorted((PACKAGE / "weights").rglob("*.safetensors"))
 CARDS = sorted((ROOT / "data_cards").glob("*.md"))
 SETTINGS = ConfigParser(delimiters=["="])
 SETTINGS.read(ROOT / "settings.ini")

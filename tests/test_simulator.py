@@ -127,7 +127,7 @@ def test_noise_is_executed_but_not_intended(env):
 
 
 def test_unknown_task_and_missing_library_are_one_clear_line(monkeypatch):
-    with pytest.raises(UserError, match="known: lift, stack"): Environment(TaskConfig(name="coffee"))
+    with pytest.raises(UserError, match="known: lift, stack"): Environment(TaskConfig(name="juggle"))
     monkeypatch.setattr("ctypes.util.find_library", lambda name: None)
     monkeypatch.delenv("MUJOCO_GL", raising=False)
     with pytest.raises(UserError, match="apt-get install"): choose_gl()
@@ -136,3 +136,14 @@ def test_unknown_task_and_missing_library_are_one_clear_line(monkeypatch):
 def test_importing_touches_no_simulator():
     code = "import sys, wmpo_nb.simulator; sys.exit('mujoco' in sys.modules or 'robosuite' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_placeholder_called_mimicgen_is_recognised(tmp_path, monkeypatch):
+    "A package of that name without `envs` is the index's placeholder; without any package the install line is given."
+    with pytest.raises(UserError, match="needs NVlabs' MimicGen: pip install"): Environment(TaskConfig(name="coffee"))
+    (tmp_path / "mimicgen").mkdir()
+    (tmp_path / "mimicgen/__init__.py").write_text("class Client: pass")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="unrelated placeholder"): Environment(TaskConfig(name="coffee"))
+    (tmp_path / "mimicgen/envs").mkdir()
+    with pytest.raises(UserError, match="yet"): Environment(TaskConfig(name="coffee"))

@@ -4,7 +4,7 @@
 __all__ = ['WIDTH', 'HEIGHT', 'LEFT', 'RIGHT', 'TOP', 'BOTTOM', 'COUNTS', 'COLOURS', 'LAYOUT', 'PICTURES', 'POLICY', 'in_words',
            'escape', 'percent', 'tag', 'table', 'tile', 'interval_bar', 'nice_ticks', 'line_chart', 'filmstrip',
            'animation', 'section', 'confusion_table', 'caveats', 'page', 'write_report', 'save_record', 'load_record',
-           'main']
+           'summary', 'summary_markdown', 'write_results', 'main']
 
 # %% ../nbs/16_report.ipynb #193d95d9
 import argparse, base64, html, io, json, math
@@ -374,11 +374,68 @@ def load_record(folder) -> dict:
     return record | {"clips": clips}
 
 # %% ../nbs/16_report.ipynb #f06e4e28
+def summary(record: dict) -> dict:
+    "The numbers of a finished run: success with n and interval, paired test, agreement, reward, cost."
+    base, trained = (Evaluation.from_dict(e) for e in list(record["evaluations"].values())[:2])
+    def rate(e): return {"successes": int(e.success.sum()), "n": len(e.success), "interval": [round(x, 4) for x in e.interval]}
+    states = [int(base.state_id.min()), int(base.state_id.max())]
+    return {"preset": record["preset"], "seed": record["seed"], "command": record["command"], "test_seeds": states,
+            "base": rate(base), "wmpo": rate(trained), "difference": [round(x, 4) for x in paired_difference(base.success, trained.success)],
+            "mcnemar_p": mcnemar(base.success, trained.success), "reward": record["reward"],
+            "agreement": {name: {k: v for k, v in a.items() if k != "psnr"} for name, a in record["agreement"].items()},
+            "learning": [round(entry["success"], 4) for entry in record["learning"]], "ledger": record["ledger"],
+            "versions": record["versions"]}
+
+# %% ../nbs/16_report.ipynb #1dbb2526
+def _success_lines(numbers: dict) -> list[str]:
+    "Success of both policies and their paired comparison."
+    lines = ["| policy, greedy, real simulator | success | 95 % Wilson interval |", "|---|---|---|"]
+    for name, key in (("base", "base"), ("after WMPO", "wmpo")):
+        k, n, (low, high) = (numbers[key][part] for part in ("successes", "n", "interval"))
+        lines.append(f"| {name} | {100 * k / n:.1f} % ({k}/{n}) | {100 * low:.1f} to {100 * high:.1f} % |")
+    difference, low, high = (100 * x for x in numbers["difference"])
+    first, last = numbers["test_seeds"]
+    return [*lines, "", f"Paired difference {difference:+.1f} points (95 %: {low:+.1f} to {high:+.1f}), McNemar p = "
+            f"{numbers['mcnemar_p']:.3g}; test states with seeds {first} to {last}."]
+
+# %% ../nbs/16_report.ipynb #7573f103
+def _truth_lines(numbers: dict) -> list[str]:
+    "How true the dream and its judge were."
+    lines = ["| dream against reality | balanced accuracy | false successes, of real failures | base policy in the dream | in reality |",
+             "|---|---|---|---|---|"]
+    for name, a in numbers["agreement"].items():
+        cells = (a["balanced_accuracy"], a["false_success_rate"], a["closed_loop"], a["real"])
+        lines.append(f"| {name} | " + " | ".join(f"{100 * x:.1f} %" for x in cells) + " |")
+    reward = numbers["reward"]
+    return [*lines, "", f"Success classifier on {reward['trajectories']} held-out real trajectories: F1 {reward['f1']:.3f}, precision "
+            f"{reward['precision']:.3f}, recall {reward['recall']:.3f}.", "",
+            "Success in the dream by iteration: " + ", ".join(f"{100 * x:.0f}" for x in numbers["learning"]) + " %."]
+
+# %% ../nbs/16_report.ipynb #d08654ee
+def summary_markdown(numbers: dict) -> str:
+    "`summary` as a page."
+    ledger = numbers["ledger"]
+    cost = [f"| {name.replace('_', ' ')} | {count:,} |" for name, count in ledger.items() if name != "seconds"]
+    cost += [f"| seconds, {stage} | {seconds:.0f} |" for stage, seconds in ledger["seconds"].items()]
+    return "\n".join([f"# {numbers['preset']}, seed {numbers['seed']}", "", f"Made by `{numbers['command']}`.", "", *_success_lines(numbers), "",
+                      *_truth_lines(numbers), "", "| cost | |", "|---|---|", *cost]) + "\n"
+
+# %% ../nbs/16_report.ipynb #71859930
+def write_results(prefix, record: dict):
+    "Write `summary` of `record` to `prefix`.json and `prefix`.md."
+    numbers = summary(record)
+    for suffix, text in ((".json", json.dumps(numbers, indent=1) + "\n"), (".md", summary_markdown(numbers))):
+        with atomic_write(Path(str(prefix) + suffix)) as temporary: Path(temporary).write_text(text, encoding="utf-8")
+
+# %% ../nbs/16_report.ipynb #9d7ebf34
 @command
 def main(argv=None):
     "Console script `wmpo-report`: write the report of a finished run again."
     parser = argparse.ArgumentParser(prog="wmpo-report", description="Write report.html of a finished run again.",
-                                     epilog="example: wmpo-report runs/demo")
+                                     epilog="example: wmpo-report runs/demo --results results/tiny_lift")
     parser.add_argument("run", metavar="RUN_DIR", help="folder with record.json and clips.safetensors")
+    parser.add_argument("--results", metavar="PREFIX", help="also write the numbers to PREFIX.md and PREFIX.json")
     args = parser.parse_args(argv)
-    print(write_report(Path(args.run) / "report.html", load_record(args.run)))
+    record = load_record(args.run)
+    if args.results: write_results(args.results, record)
+    print(write_report(Path(args.run) / "report.html", record))

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 # %% ../nbs/11_reward.ipynb #02aa1e4d
 from .presets import RewardConfig, RewardTrainConfig, UserError
-from .run import (config_of, 
+from .run import (
+    config_of,
     EMA, Checkpointer, Run, command, load_into, make_optimizer, optimizer_step, parse_preset, preset_parser,
     progress, save_weights)
 from .trajectory import TrajectoryBatch, read_shards

@@ -15,7 +15,8 @@ from torch import nn
 
 from .policy import bfloat16_is_fast
 from .presets import UserError, VAEConfig, VAETrainConfig
-from .run import (config_of, 
+from .run import (
+    config_of,
     EMA, Checkpointer, Run, command, load_into, make_optimizer, optimizer_step, parse_preset, preset_parser,
     progress, save_weights)
 from .trajectory import TrajectoryBatch, read_shards
