@@ -10,6 +10,9 @@ __all__ = ['PAPER_TASKS', 'PRESETS', 'SEED_RANGES', 'TaskConfig', 'VAEConfig', '
 import dataclasses, difflib, json
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 
+# %% ../nbs/00_presets.ipynb #0c0de34c
+from fastcore.basics import patch
+
 # %% ../nbs/00_presets.ipynb #b070ac69
 @dataclass(frozen=True)
 class TaskConfig:
@@ -240,6 +243,11 @@ class PretrainDataConfig:
     other_tasks_share: float = 0.25                    # of these counts, for each further task
 
 # %% ../nbs/00_presets.ipynb #674b58f6
+def _tiny_alignment() -> WorldModelTrainConfig:
+    "Fewer and smaller steps than pre-training: the model is to be adjusted, not replaced."
+    return WorldModelTrainConfig(steps=200, learning_rate=1e-3, muon_learning_rate=0.02, warmup_steps=20, decay_steps=150)
+
+# %% ../nbs/00_presets.ipynb #81cf19dc
 @dataclass(frozen=True)
 class Preset:
     "Everything a run needs to know, by stage."
@@ -255,16 +263,17 @@ class Preset:
     sft: SFTConfig = field(default_factory=SFTConfig)
     vae_training: VAETrainConfig = field(default_factory=VAETrainConfig)
     pretraining: WorldModelTrainConfig = field(default_factory=WorldModelTrainConfig)
-    alignment: WorldModelTrainConfig = field(default_factory=lambda: WorldModelTrainConfig(
-        steps=200, learning_rate=1e-3, muon_learning_rate=0.02, warmup_steps=20, decay_steps=150))
+    alignment: WorldModelTrainConfig = field(default_factory=_tiny_alignment)
     reward_pretraining: RewardTrainConfig = field(default_factory=lambda: RewardTrainConfig(steps=1200, decay_steps=500))
     reward_training: RewardTrainConfig = field(default_factory=lambda: RewardTrainConfig(steps=300, learning_rate=2e-4, decay_steps=150))
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
-    def to_dict(self) -> dict:
-        "Plain nested dictionary, for `config.json`."
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+# %% ../nbs/00_presets.ipynb #16896c39
+@patch
+def to_dict(self: Preset) -> dict:
+    "Plain nested dictionary, for `config.json`."
+    return json.loads(json.dumps(dataclasses.asdict(self)))
 
 # %% ../nbs/00_presets.ipynb #c03077e4
 def _tiny_stack() -> Preset:

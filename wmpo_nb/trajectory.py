@@ -76,8 +76,8 @@ class TrajectoryBatch:
 
     frames uint8 [B, T+1, H, W, 3] (the last real frame repeats after `length`), actions float32 [B, T, 7] in environment units,
     tokens int64 [B, n, 56] and their log_probs float32 [B, n, 56] when sampled, success bool [B], finish_step int64 [B]
-    (actions taken when success was seen, else `length`), length int64 [B] (actions executed),
-    state_id int64 [B] (initial state), member int64 [B] (index within a group of the same state),
+    (actions taken when success was seen, else `length`), length int64 [B] (actions executed), state_id int64 [B] (initial
+    state), member int64 [B] (index within a group of the same state),
     intended float32 [B, T, 7]: what the actor meant; differs from `actions` only where noise was added on execution.
     """
     frames: torch.Tensor
@@ -94,7 +94,9 @@ class TrajectoryBatch:
     def __post_init__(self):
         if self.intended is None: self.intended = self.actions
 
-    def __len__(self): return len(self.frames)
+# %% ../nbs/02_trajectory.ipynb #0f170a74
+@patch
+def __len__(self: TrajectoryBatch) -> int: return len(self.frames)
 
 # %% ../nbs/02_trajectory.ipynb #8731df75
 @patch
