@@ -42,7 +42,7 @@ def golden_world_model(steps=8):
     weights = load_file(GOLDENS / "world_model_stdit_tiny.safetensors")
     stdit = STDiT(config)
     stdit.load_state_dict({k.removeprefix("state_dict."): v for k, v in weights.items() if k.startswith("state_dict.")})
-    return WorldModel(WorldModelConfig(flow_steps=steps, context_noise=CONTEXT_TIMESTEP, image_size=256), stdit)
+    return WorldModel(WorldModelConfig(timestep_shift=1.0, flow_steps=steps, context_noise=CONTEXT_TIMESTEP, image_size=256), stdit)
 
 
 @pytest.mark.parametrize("case", RECORD["timestep_transform_cases"], ids=lambda case: case["output"])

@@ -14,11 +14,11 @@ import torch
 # %% ../nbs/10_alignment.ipynb #a91e82d1
 from .presets import Preset, STDiTConfig, UserError, WorldModelConfig, WorldModelTrainConfig
 from .run import (
-    Checkpointer, Run, command, config_of, load_into, parse_preset, preset_parser, progress, save_weights)
+    Checkpointer, Run, command, config_of, fast_precision, load_into, parse_preset, preset_parser, progress, save_weights)
 from .stdit import STDiT
 from .trajectory import ActionStats, TrajectoryBatch, load_stats, read_shards, window_frames, window_starts
 from .vae import VAE, load_vae
-from .world_model import WorldModel, fast_precision, train_world_model
+from .world_model import WorldModel, train_world_model
 
 # %% ../nbs/10_alignment.ipynb #c12c0f20
 class LatentWindows:

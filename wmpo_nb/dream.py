@@ -11,9 +11,10 @@ from fastcore.basics import patch
 
 # %% ../nbs/12_dream.ipynb #b81283cc
 from .reward import SuccessClassifier, judge
+from .run import fast_precision
 from .trajectory import ActionStats, InitialState, Streams, TrajectoryBatch
 from .vae import VAE
-from .world_model import WorldModel, fast_precision
+from .world_model import WorldModel
 
 # %% ../nbs/12_dream.ipynb #e3b769ca
 class Dream:

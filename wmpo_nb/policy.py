@@ -5,8 +5,8 @@ __all__ = ['PIXEL_STATISTICS', 'BOS', 'PLACEHOLDER', 'STOP', 'action_ids', 'toke
            'lanczos_matrix', 'lanczos_resize', 'center_crop', 'policy_images', 'normalize_pixels', 'attention_weights',
            'attention', 'VisionAttention', 'VisionMLP', 'LayerScale', 'VisionBlock', 'AttentionPool', 'PatchEmbedding',
            'VisionTransformer', 'VisionBackbone', 'Projector', 'rotary_angles', 'rotate', 'RMSNorm', 'LlamaAttention',
-           'LlamaMLP', 'LlamaLayer', 'Llama', 'LanguageModel', 'encode_prompt', 'compact', 'bfloat16_is_fast',
-           'initialize', 'OpenVLAOFT', 'token_log_probs', 'sample_tokens']
+           'LlamaMLP', 'LlamaLayer', 'Llama', 'LanguageModel', 'encode_prompt', 'compact', 'initialize', 'OpenVLAOFT',
+           'token_log_probs', 'sample_tokens']
 
 # %% ../nbs/04_policy.ipynb #c402f030
 import io, json
@@ -22,7 +22,7 @@ from torch import nn
 
 # %% ../nbs/04_policy.ipynb #be53729c
 from .presets import PolicyConfig, UserError
-from .run import atomic_write, load_weights, save_weights
+from .run import atomic_write, fast_precision, load_weights, save_weights
 from .trajectory import ActionChunk, ActionStats, load_stats, save_stats
 
 # %% ../nbs/04_policy.ipynb #5f3fe1a7
@@ -325,11 +325,6 @@ def compact(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.
     order = (~mask).int().argsort(dim=1, stable=True)
     return ids.gather(1, order), mask.gather(1, order)
 
-# %% ../nbs/04_policy.ipynb #a95fc6fb
-def bfloat16_is_fast(device: torch.device) -> bool:
-    "Whether `device` multiplies bfloat16 matrices in hardware. Where it does not, a CPU emulates them and is far slower."
-    return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
-
 # %% ../nbs/04_policy.ipynb #2d02b3c1
 def initialize(module: nn.Module):
     "Random start of one layer: variance-preserving weights, no biases, audible positions, nearly equal chances for all words."
@@ -401,7 +396,7 @@ def inputs(self: OpenVLAOFT, images: torch.Tensor):
 @patch
 def autocast(self: OpenVLAOFT):
     "A context that computes in bfloat16 where the hardware does, unless `policy.bfloat16` is set to False."
-    return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16 and bfloat16_is_fast(self.device))
+    return fast_precision(self.device, self.bfloat16)
 
 # %% ../nbs/04_policy.ipynb #46e18277
 @patch

@@ -19,10 +19,9 @@ from torch.nn import functional as F
 from .presets import RewardConfig, RewardTrainConfig, UserError
 from .run import (
     config_of,
-    EMA, Checkpointer, Run, command, load_into, make_optimizer, optimizer_step, parse_preset, preset_parser,
+    EMA, Checkpointer, Run, command, fast_precision, load_into, make_optimizer, optimizer_step, parse_preset, preset_parser,
     progress, save_weights)
 from .trajectory import TrajectoryBatch, read_shards
-from .world_model import fast_precision
 
 # %% ../nbs/11_reward.ipynb #78126d8d
 def resize_and_crop(images: torch.Tensor, size: int) -> torch.Tensor:

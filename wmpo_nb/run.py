@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['atomic_write', 'save_weights', 'load_weights', 'config_of', 'load_metrics', 'load_into', 'EMA', 'learning_rate_at',
-           'Optimizers', 'is_block_matrix', 'make_optimizer', 'check_finite', 'optimizer_step', 'Checkpointer',
-           'progress', 'Ledger', 'read_metrics', 'Run', 'preset_parser', 'parse_preset', 'command']
+           'Optimizers', 'is_block_matrix', 'make_optimizer', 'fast_precision', 'check_finite', 'optimizer_step',
+           'Checkpointer', 'progress', 'Ledger', 'read_metrics', 'Run', 'preset_parser', 'parse_preset', 'command']
 
 # %% ../nbs/01_run.ipynb #a6210534
 import argparse, dataclasses, difflib, errno, functools, json, math, os, pickle, random, shutil, sys, textwrap, time
@@ -211,6 +211,13 @@ def make_optimizer(named_parameters, config):
     for o in optimizers:
         for group in o.param_groups: group["initial_lr"] = group["lr"]
     return optimizers[0] if len(optimizers) == 1 else Optimizers(*optimizers)
+
+# %% ../nbs/01_run.ipynb #3d7160b3
+def fast_precision(device, enabled: bool = True):
+    "Autocast to bfloat16 where `device` multiplies it in hardware: CUDA, or a CPU with AVX-512 bf16 or AMX. Else float32."
+    device = torch.device(device)
+    fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and fast)
 
 # %% ../nbs/01_run.ipynb #b6d8ed3d
 def check_finite(loss: float, step: int, checkpointer=None):

@@ -13,11 +13,10 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from .policy import bfloat16_is_fast
 from .presets import UserError, VAEConfig, VAETrainConfig
 from .run import (
     config_of,
-    EMA, Checkpointer, Run, command, load_into, make_optimizer, optimizer_step, parse_preset, preset_parser,
+    EMA, Checkpointer, Run, command, fast_precision, load_into, make_optimizer, optimizer_step, parse_preset, preset_parser,
     progress, save_weights)
 from .trajectory import TrajectoryBatch, read_shards
 
@@ -218,7 +217,7 @@ def training_terms(model, vae: VAE, frames: torch.Tensor, config: VAETrainConfig
     images = fold_time(to_pixels(frames[:, None]))
     noise = torch.randn(2, count, *vae.latent_shape(frames), generator=generator).to(device)
     strength = (config.latent_noise * torch.rand(count, 1, 1, 1, generator=generator)).to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16_is_fast(device)):
+    with fast_precision(device):
         pixels, mean, std = model(images, noise, strength)
     return vae_loss(pixels, images, mean, std, config)
 
@@ -250,7 +249,7 @@ def load_diffusers(folder) -> VAE:
 def reconstruct_batch(vae: VAE, batch: TrajectoryBatch) -> TrajectoryBatch:
     "The batch with frames as the VAE shows them: what the classifier will meet in a dream."
     device = next(vae.parameters()).device
-    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16_is_fast(device)):
+    with fast_precision(device):
         frames = [vae.reconstruct(video[None]) for video in progress(batch.frames, "reconstruct")]
     return replace(batch, frames=torch.cat(frames))
 

@@ -1,0 +1,54 @@
+"Weights from nothing, very small: every stage runs, resumes, and leaves what a run can start from."
+import pytest
+import torch
+
+from wmpo_nb import from_scratch
+from wmpo_nb.demo import Parts
+from wmpo_nb.from_scratch import JoinedWindows, make_weights
+from wmpo_nb.presets import load_preset
+from wmpo_nb.run import Run
+from wmpo_nb.trajectory import read_shards
+
+SMALL = {"sft.demonstrations": 4, "sft.steps": 3, "pretrain_data.demonstrations": 6, "pretrain_data.near_misses": 4, "pretrain_data.play": 2,
+         "vae_training.steps": 3, "pretraining.steps": 3, "reward_pretraining.steps": 3}
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    folder, preset = tmp_path_factory.mktemp("scratch"), load_preset("tiny_lift", {k: str(v) for k, v in SMALL.items()})
+    run = Run(folder, preset, "test", 0)
+    make_weights(run, preset, workers=2)
+    return folder, preset, run
+
+
+def test_what_was_made_can_be_started_from(scratch):
+    folder, preset, _ = scratch
+    parts = Parts(folder / "weights", preset)
+    assert parts.vae.config.scaling_factor != 1.0 and parts.stats.mask.tolist() == [True] * 6 + [False]
+
+
+def test_data_come_from_several_tasks_and_the_right_seeds(scratch):
+    folder, preset, _ = scratch
+    lift, stack = (read_shards(folder / "data/pretraining" / task) for task in ("lift", "stack"))
+    assert len(lift) == 12 and len(stack) == 2 + 1 + 1
+    assert lift.frames.shape[1] == 65 and stack.frames.shape[1] == 97
+    assert not set(lift.state_id.tolist()) & set(stack.state_id.tolist())
+    assert all(2_000_000 <= s < 3_000_000 for s in lift.state_id.tolist() + stack.state_id.tolist())
+    assert all(1_000_000 <= s < 2_000_000 for s in read_shards(folder / "data/demonstrations").state_id.tolist())
+
+
+def test_finished_stages_are_not_repeated(scratch, monkeypatch):
+    folder, preset, _ = scratch
+    for name in ("make_demonstrations", "make_pretraining_data", "train_base_policy", "train_autoencoder", "pretrain_world_model",
+                 "pretrain_reward"):
+        monkeypatch.setattr(from_scratch, name, lambda *_: pytest.fail("repeated"))
+    make_weights(Run(folder, preset, "test", 0, resume=True), preset)
+
+
+def test_joined_windows_are_drawn_by_their_number():
+    class Source:
+        def __init__(self, value, count): self.value, self.count = value, count
+        def __len__(self): return self.count
+        def sample(self, generator, n): return torch.full((n, 1), self.value), torch.full((n, 1), self.value)
+    first, second = JoinedWindows([Source(0.0, 900), Source(1.0, 100)]).sample(torch.Generator().manual_seed(0), 4000)
+    assert torch.equal(first, second) and abs(first.mean().item() - 0.1) < 0.02
