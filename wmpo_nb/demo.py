@@ -94,6 +94,7 @@ def practise(run: Run, parts: Parts, dream: Dream, batch: TrajectoryBatch) -> Op
             try: train_wmpo(policy, dream, states, preset.grpo, chunks=preset.task.chunks, temperature=preset.collect.temperature,
                             seed=run.seed, run=run, log=log, checkpointer=stage_checkpoints(run, "grpo", preset.grpo))
             except NothingToLearn as reason: print(f"practice ends early: {reason}")
+        run.ledger.add(real_initial_frames=len(states))
         if Simulator.steps != before: raise RuntimeError("the simulator moved while the policy was dreaming")
         policy.save_pretrained(folder)
         run.done("grpo")
