@@ -200,9 +200,10 @@ def main(argv=None):
     "Console script `wmpo-demo`."
     args, preset = parse_preset(_parser(), argv)
     if preset.name not in ("tiny_lift", "tiny_stack"): raise UserError(f"the demo runs tiny presets; for {preset.name} use the commands of each stage")
-    given = [name for name in (argv or sys.argv[1:])]
+    given = list(argv or sys.argv[1:])
+    chosen = {word.partition("=")[0] for word in given}
     for field, value in FAST.items() if args.fast else ():
-        if f"--{field}" not in given: preset = override(preset, field, value)
+        if f"--{field}" not in chosen: preset = override(preset, field, value)
     choose_gl()
     if not args.from_scratch: parts = Parts(args.weights or SHIPPED, preset)
     run = Run(args.output, preset, "wmpo-demo", args.seed, args.resume)
