@@ -16,9 +16,8 @@ from torch import Tensor
 from .grpo import (action_mask, advantages, keep_groups, success_rewards, token_weights,
                           weighted_policy_loss)
 from .policy import OpenVLAOFT
-from .presets import GRPOConfig, UserError, VAEConfig, seeds_for
-from .run import (Checkpointer, Run, command, load_into, load_weights, make_optimizer, parse_preset, preset_parser,
-                         progress)
+from .presets import GRPOConfig, UserError, seeds_for
+from .run import Checkpointer, Run, command, make_optimizer, parse_preset, preset_parser, progress
 from .trajectory import InitialState, TrajectoryBatch, read_shards, rollout
 
 # %% ../nbs/14_wmpo.ipynb #c0f4a2c8
@@ -176,14 +175,11 @@ def train_wmpo(policy, world, states: list[InitialState], config: GRPOConfig, *,
 # %% ../nbs/14_wmpo.ipynb #6a662ff5
 def _dream_parts(args, preset):
     "World model, VAE and classifier. What training found out (latent scale, threshold) is read from the files."
-    from wmpo_nb.alignment import make_world_model
+    from wmpo_nb.alignment import load_world_model
     from wmpo_nb.reward import load_reward
-    from wmpo_nb.vae import VAE
-    saved = load_weights(args.vae)[1]
-    world_model, vae = make_world_model(preset), VAE(VAEConfig(**saved) if saved else preset.vae)
-    load_into(world_model, args.world_model)
-    load_into(vae, args.vae)
-    return world_model, vae, load_reward(args.reward, preset.reward if args.reward.endswith(".pth") else None)
+    from wmpo_nb.vae import load_vae
+    return (load_world_model(args.world_model, preset.world_model), load_vae(args.vae),
+            load_reward(args.reward, preset.reward if args.reward.endswith(".pth") else None))
 
 # %% ../nbs/14_wmpo.ipynb #375bda48
 def _dream(args, preset, stats):
