@@ -19,7 +19,7 @@ class TaskConfig:
     "A manipulation task as the camera and the clock see it."
     name: str = "lift"                                 # key of `wmpo_nb.simulator.TASKS`
     instruction: str = "lift"                          # the words the policy is prompted with
-    horizon: int = 64                                  # control steps (20 Hz) before a trial counts as failed
+    horizon: int = 48                                  # control steps (20 Hz) before a trial counts as failed
     chunk_size: int = 8                                # actions per policy call, K in the paper
     action_dim: int = 7                                # OSC_POSE deltas (6) and the gripper (1)
     image_size: int = 64                               # height and width of a frame, pixels
@@ -28,6 +28,7 @@ class TaskConfig:
     camera_target: tuple = (-0.045, 0.0, 0.89)        # point the camera looks at, metres
     camera_fovy: float = 38.0                          # vertical field of view, degrees
     placement: float = 0.10                            # half width of the square the object starts in, metres
+    turn: float = 0.0                                  # largest yaw the object starts with, radians (pi: any, as in robosuite's own Lift)
     idle_steps: int = 5                                # zero actions after reset, before the first frame
 
     @property
@@ -236,9 +237,9 @@ class EvaluationConfig:
 @dataclass(frozen=True)
 class PretrainDataConfig:
     "The miniature of OXE: scripted data of several tasks and qualities, never the P trajectories."
-    tasks: tuple = ("lift", "stack")
+    tasks: tuple = ("lift",)
     demonstrations: int = 150                          # trials of the first task: expert with noisy execution
-    near_misses: int = 500                             # ... expert with a displaced grasp, retried
+    near_misses: int = 600                             # ... expert with a displaced grasp, retried
     play: int = 100                                    # ... random targets around the objects
     other_tasks_share: float = 0.25                    # of these counts, for each further task
 

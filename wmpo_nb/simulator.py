@@ -96,7 +96,7 @@ def _camera_quaternion(position, target) -> np.ndarray:
 
 # %% ../nbs/03_simulator.ipynb #9a0a9d73
 def _make_robosuite(task: TaskConfig):
-    "The robosuite environment of `task`: 20 Hz OSC_POSE control, objects placed uniformly within +- `task.placement`."
+    "The robosuite environment of `task`: 20 Hz OSC_POSE control, objects placed uniformly within +- `task.placement` and +- `task.turn`."
     import logging
     logging.disable(logging.WARNING)       # robosuite's import complains of an optional file nobody needs
     import robosuite
@@ -105,7 +105,7 @@ def _make_robosuite(task: TaskConfig):
     from robosuite.utils.placement_samplers import UniformRandomSampler
     logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
     reach = [-task.placement, task.placement]
-    sampler = UniformRandomSampler("ObjectSampler", x_range=reach, y_range=reach, rotation=None, reference_pos=np.array([0, 0, 0.8]),
+    sampler = UniformRandomSampler("ObjectSampler", x_range=reach, y_range=reach, rotation=[-task.turn, task.turn], reference_pos=np.array([0, 0, 0.8]),
                                    ensure_object_boundary_in_range=False, ensure_valid_placement=True, z_offset=0.01)
     np.random.seed(0)      # robosuite draws the cubes' exact size when the environment is made: every worker must draw the same
     env = robosuite.make(
@@ -421,7 +421,7 @@ def scripted_styles(kind: str, count: int, seed: int = 0) -> list[Style]:
     "`count` styles of `kind` 'expert' (noisy execution), 'near_miss' (displaced grasps, retried) or 'play'."
     rng = np.random.default_rng(seed)
     draw = {"expert": lambda: Style(noise=rng.uniform(0, 0.25)),
-            "near_miss": lambda: Style(rng.uniform(0, 0.2), rng.uniform(0.005, 0.03), rng.uniform(0, 0.4)),
+            "near_miss": lambda: Style(rng.uniform(0, 0.2), rng.uniform(0.01, 0.05), rng.uniform(0, 0.4)),
             "play": lambda: Style(noise=0.1, play=True)}
     return [draw[kind]() for _ in range(count)]
 
