@@ -19,7 +19,8 @@ class TaskConfig:
     "A manipulation task as the camera and the clock see it."
     name: str = "lift"                                 # key of `wmpo_nb.simulator.TASKS`
     instruction: str = "lift"                          # the words the policy is prompted with
-    horizon: int = 48                                  # control steps (20 Hz) before a trial counts as failed
+    horizon: int = 32                                  # control steps before a trial counts as failed
+    control_hz: int = 10                               # control steps, and frames, a second (20 in the paper)
     chunk_size: int = 8                                # actions per policy call, K in the paper
     action_dim: int = 7                                # OSC_POSE deltas (6) and the gripper (1)
     image_size: int = 64                               # height and width of a frame, pixels
@@ -180,6 +181,7 @@ class WorldModelTrainConfig:
     ema: float = 0.999
     grad_clip: float = 1.0
     replay_share: float = 0.0                          # share of each batch drawn from the pre-training data (alignment only)
+    compile: bool = False                              # let torch.compile fuse the network: minutes of warm-up, then faster (needs a C++ compiler)
     log_every: int = 25
     checkpoint_every: int = 250
 
@@ -278,7 +280,7 @@ def to_dict(self: Preset) -> dict:
 
 # %% ../nbs/00_presets.ipynb #c03077e4
 def _tiny_stack() -> Preset:
-    return Preset(name="tiny_stack", task=TaskConfig(name="stack", instruction="stack", horizon=96))
+    return Preset(name="tiny_stack", task=TaskConfig(name="stack", instruction="stack", horizon=48))
 
 # %% ../nbs/00_presets.ipynb #c7aa846c
 # horizon in control steps, verdict threshold and instruction of the released scripts (reference 1.2)
@@ -316,7 +318,7 @@ def _paper_preset(task: str, budget: int) -> Preset:
     horizon, threshold, instruction = PAPER_TASKS[task]
     return Preset(
         name=f"{task}_{budget}",
-        task=TaskConfig(name=task, instruction=instruction, horizon=horizon, image_size=256, supersample=1, idle_steps=10),
+        task=TaskConfig(name=task, instruction=instruction, horizon=horizon, control_hz=20, image_size=256, supersample=1, idle_steps=10),
         vae=VAEConfig(latent_channels=4, block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32,
                       scaling_factor=0.13025, mid_block_add_attention=True, micro_batch_size=64),
         stdit=STDiTConfig(depth=28, hidden_size=1152, num_heads=16, in_channels=4, patch_size=(1, 2, 2), context_timestep=15.0, text_weights=True,

@@ -42,12 +42,12 @@ def choose_gl() -> str:
 
 # %% ../nbs/03_simulator.ipynb #38fda4ff
 class Waypoint(NamedTuple):
-    "Move the gripper to `offset` metres above the centre of body `target`; hold `gripper` (-1 open, 1 closed) for up to `steps`."
+    "Move the gripper to `offset` metres above the centre of body `target`; hold `gripper` (-1 open, 1 closed) for up to `seconds`."
     target: str
     offset: float
     gripper: float
-    steps: int
-    settle: bool = False                  # True: stay all `steps`, for fingers to close or open
+    seconds: float
+    settle: bool = False                  # True: stay all `seconds`, for fingers to close or open
 
 # %% ../nbs/03_simulator.ipynb #74bc4a0a
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ class Task:
 # %% ../nbs/03_simulator.ipynb #ace07329
 TASKS = {
     "lift": Task("Lift", ("cube",), (
-        Waypoint("cube", 0.09, -1, 25), Waypoint("cube", 0.0, -1, 14), Waypoint("cube", 0.0, 1, 5, True),
-        Waypoint("cube", 0.14, 1, 40))),
+        Waypoint("cube", 0.09, -1, 1.2), Waypoint("cube", 0.0, -1, 0.7), Waypoint("cube", 0.0, 1, 0.3, True),
+        Waypoint("cube", 0.14, 1, 2.0))),
     "stack": Task("Stack", ("cubeA", "cubeB"), (
-        Waypoint("cubeA", 0.09, -1, 25), Waypoint("cubeA", 0.0, -1, 14), Waypoint("cubeA", 0.0, 1, 5, True),
-        Waypoint("cubeA", 0.10, 1, 12), Waypoint("cubeB", 0.12, 1, 25), Waypoint("cubeB", 0.047, 1, 14),
-        Waypoint("cubeB", 0.047, -1, 4, True), Waypoint("cubeB", 0.14, -1, 40))),
+        Waypoint("cubeA", 0.09, -1, 1.2), Waypoint("cubeA", 0.0, -1, 0.7), Waypoint("cubeA", 0.0, 1, 0.3, True),
+        Waypoint("cubeA", 0.10, 1, 0.6), Waypoint("cubeB", 0.12, 1, 1.2), Waypoint("cubeB", 0.047, 1, 0.7),
+        Waypoint("cubeB", 0.047, -1, 0.2, True), Waypoint("cubeB", 0.14, -1, 2.0))),
 }
 
 # %% ../nbs/03_simulator.ipynb #1ee8e9fe
@@ -96,7 +96,7 @@ def _camera_quaternion(position, target) -> np.ndarray:
 
 # %% ../nbs/03_simulator.ipynb #9a0a9d73
 def _make_robosuite(task: TaskConfig):
-    "The robosuite environment of `task`: 20 Hz OSC_POSE control, objects placed uniformly within +- `task.placement` and +- `task.turn`."
+    "The robosuite environment of `task`: OSC_POSE control, objects placed uniformly within +- `task.placement` and +- `task.turn`."
     import logging
     logging.disable(logging.WARNING)       # robosuite's import complains of an optional file nobody needs
     import robosuite
@@ -111,7 +111,7 @@ def _make_robosuite(task: TaskConfig):
     env = robosuite.make(
         TASKS[task.name].environment, robots="Panda", controller_configs=load_controller_config(default_controller="OSC_POSE"),
         placement_initializer=sampler, has_renderer=False, has_offscreen_renderer=False, use_camera_obs=False, use_object_obs=False,
-        horizon=10**9, ignore_done=True, control_freq=20, hard_reset=False)
+        horizon=10**9, ignore_done=True, control_freq=task.control_hz, hard_reset=False)
     for name in env.observation_names: env.modify_observable(name, "enabled", False)
     return env
 
@@ -180,7 +180,7 @@ def reset(self: Environment, seed: int):
 # %% ../nbs/03_simulator.ipynb #7e0ddd1f
 @patch
 def step(self: Environment, action):
-    "One control step (1/20 s) of `action` float [7], clipped to [-1, 1]."
+    "One control step (1 / `control_hz` s) of `action` float [7], clipped to [-1, 1]."
     self.env.step(np.clip(np.asarray(action, dtype=np.float64), -1.0, 1.0))
 
 # %% ../nbs/03_simulator.ipynb #e3b541f3
@@ -256,13 +256,13 @@ class Style(NamedTuple):
 
 # %% ../nbs/03_simulator.ipynb #6e53258e
 def _plan(env: Environment, style: Style, rng) -> list:
-    "Waypoints of one attempt with their displacement: (body, offset [3], yaw error, gripper, steps, settle)."
+    "Waypoints of one attempt with their displacement: (body, offset [3], yaw error, gripper, seconds, settle)."
     bodies = env.spec.objects
     if style.play:
         offset = rng.normal(0, [0.05, 0.05, 0.03]) + [0, 0, abs(rng.normal(0.0, 0.06))]
-        return [(bodies[rng.integers(len(bodies))], offset, rng.normal(0, 0.5), rng.choice([-1.0, 1.0]), int(rng.integers(4, 14)), False)]
+        return [(bodies[rng.integers(len(bodies))], offset, rng.normal(0, 0.5), rng.choice([-1.0, 1.0]), rng.uniform(0.2, 0.7), False)]
     shift, turn = rng.normal(0, style.displacement, 3) * [1, 1, 0.5], rng.normal(0, style.turn)
-    return [(w.target, shift + [0, 0, w.offset], turn, w.gripper, w.steps, w.settle) for w in env.spec.waypoints]
+    return [(w.target, shift + [0, 0, w.offset], turn, w.gripper, w.seconds, w.settle) for w in env.spec.waypoints]
 
 # %% ../nbs/03_simulator.ipynb #d0e00e6a
 def _smooth_noise(style: Style, steps: int, rng) -> np.ndarray:
@@ -277,11 +277,11 @@ def scripted_actions(env: Environment, style: Style, rng):
     noise = _smooth_noise(style, env.task.horizon, rng)
     t = 0
     while True:
-        for body, offset, turn, gripper, steps, settle in _plan(env, style, rng):
+        for body, offset, turn, gripper, seconds, settle in _plan(env, style, rng):
             position, yaw = env.pose(body)
             target = position + offset
             target[2] = max(target[2], 0.815)                     # the table's top is at 0.80 m
-            for _ in range(steps):
+            for _ in range(max(1, round(seconds * env.task.control_hz))):
                 intended, distance = env.move_towards(target, yaw + turn, gripper)
                 yield intended, np.clip(intended + noise[t % len(noise)], -1, 1)
                 t += 1

@@ -74,6 +74,7 @@ def train_world_model(world_model: WorldModel, sample_windows: Callable, config:
     from accelerate import Accelerator
     accelerator = Accelerator()
     generator = torch.Generator().manual_seed(seed + accelerator.process_index)
+    if config.compile: world_model.stdit.compile()       # in place: the keys of the state dict stay
     model, optimizer = accelerator.prepare(world_model.train(), make_optimizer(world_model.named_parameters(), config))
     ema, start = EMA(world_model, config.ema), 0
     if checkpointer is not None:
