@@ -54,8 +54,8 @@ class VAEConfig:
 class STDiTConfig:
     "Spatio-temporal diffusion transformer. `STDiT3-XL/2` at the paper's size."
     depth: int = 4                                     # pairs of (spatial, temporal) blocks
-    hidden_size: int = 192
-    num_heads: int = 6
+    hidden_size: int = 128
+    num_heads: int = 4
     mlp_ratio: float = 4.0
     in_channels: int = 4                               # latent channels
     patch_size: tuple = (1, 4, 4)
@@ -232,8 +232,8 @@ class GRPOConfig:
 @dataclass(frozen=True)
 class EvaluationConfig:
     "Greedy trials in the real simulator."
-    states: int = 128                                  # held-out initial states
-    selection_states: int = 0                          # separate states for choosing a checkpoint
+    states: int = 512                                  # test states of the exam
+    held_out: int = 128                                # real trajectories on which dream and judge are compared with reality
 
 # %% ../nbs/00_presets.ipynb #d60ee227
 @dataclass(frozen=True)
