@@ -133,14 +133,14 @@ class CollectConfig:
 class SFTConfig:
     "Behaviour cloning of the base policy on scripted demonstrations."
     demonstrations: int = 200
-    steps: int = 4000
+    steps: int = 4500
     batch_size: int = 16
     learning_rate: float = 1e-3
     optimizer: str = "muon"                            # "muon" (block matrices; AdamW on the rest) or "adamw"
     muon_learning_rate: float = 0.01
     weight_decay: float = 0.01
     warmup_steps: int = 100
-    decay_steps: int = 2000                            # linear cool-down to zero over the last steps
+    decay_steps: int = 1200                            # linear cool-down to zero over the last steps
     ema: float = 0.995                                 # average of the weights that becomes the policy
     label_sigma: float = 3.0                           # Gaussian smoothing of the 256-bin targets, bins (0: plain one-hot)
     image_shift: int = 2                               # random translation, pixels
@@ -170,14 +170,14 @@ class VAETrainConfig:
 @dataclass(frozen=True)
 class WorldModelTrainConfig:
     "World-model optimisation; used for pre-training and, with fewer steps, for alignment."
-    steps: int = 1900
+    steps: int = 3400
     batch_size: int = 32                               # windows of context + chunk frames
     optimizer: str = "muon"                            # "muon" (block matrices; AdamW on the rest) or "adamw" (the paper)
     learning_rate: float = 4e-3                        # of AdamW's share
     muon_learning_rate: float = 0.05
     weight_decay: float = 0.0
     warmup_steps: int = 100
-    decay_steps: int = 700                             # linear cool-down to zero over the last steps
+    decay_steps: int = 1400                            # linear cool-down to zero over the last steps
     ema: float = 0.999
     grad_clip: float = 1.0
     replay_share: float = 0.0                          # share of each batch drawn from the pre-training data (alignment only)
@@ -241,7 +241,7 @@ class PretrainDataConfig:
     "The miniature of OXE: scripted data of several tasks and qualities, never the P trajectories."
     tasks: tuple = ("lift",)
     demonstrations: int = 150                          # trials of the first task: expert with noisy execution
-    near_misses: int = 600                             # ... expert with a displaced grasp, retried
+    near_misses: int = 500                             # ... expert with a displaced grasp, retried
     play: int = 100                                    # ... random targets around the objects
     other_tasks_share: float = 0.25                    # of these counts, for each further task
 
@@ -267,7 +267,7 @@ class Preset:
     vae_training: VAETrainConfig = field(default_factory=VAETrainConfig)
     pretraining: WorldModelTrainConfig = field(default_factory=WorldModelTrainConfig)
     alignment: WorldModelTrainConfig = field(default_factory=_tiny_alignment)
-    reward_pretraining: RewardTrainConfig = field(default_factory=lambda: RewardTrainConfig(steps=1200, decay_steps=500))
+    reward_pretraining: RewardTrainConfig = field(default_factory=lambda: RewardTrainConfig(steps=1000, decay_steps=400))
     reward_training: RewardTrainConfig = field(default_factory=lambda: RewardTrainConfig(steps=300, learning_rate=2e-4, decay_steps=150))
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
