@@ -1,4 +1,5 @@
 "The report: self-contained, escaped, true to its numbers, and rebuilt from the record alone."
+import json
 import re
 from html.parser import HTMLParser
 
@@ -7,8 +8,8 @@ import pytest
 
 from wmpo_nb.evaluation import Evaluation
 from wmpo_nb.presets import UserError
-from wmpo_nb.report import (caveats, in_words, line_chart, load_record, main, nice_ticks, page, save_record,
-                            write_report)
+from wmpo_nb.report import (caveats, in_words, line_chart, load_record, main, nice_ticks, page, pooled, save_record,
+                            write_report, write_results)
 
 VOID = {"meta", "img", "br", "line", "polyline"}
 EVIL = '<script src="http://evil.example/x.js">alert("1")</script>'
@@ -163,3 +164,37 @@ def test_a_failed_write_leaves_the_old_report(record, tmp_path, monkeypatch):
     before = path.read_text()
     with pytest.raises(KeyError): write_report(path, record | {"agreement": {"broken": {}}})
     assert path.read_text() == before and [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+@pytest.fixture
+def seeds(record):
+    "Two finished runs, of seed 3 and of seed 4."
+    judged = {"f1": 0.9125, "precision": 0.9, "recall": 0.8, "trajectories": 40}
+    worlds = {"after": {"confusion": [[8, 2], [1, 9]], "psnr": [], "balanced_accuracy": 0.85, "false_success_rate": 0.2,
+                        "closed_loop": 0.5, "real": 0.25}}
+    record |= {"reward": judged | {"after": judged | {"f1": 0.75}}, "agreement": worlds}
+    moved = {name: trials | {"state_id": [1000 + i for i in range(40)]} for name, trials in record["evaluations"].items()}
+    return [record, record | {"seed": 4, "evaluations": moved | {"WMPO": outcomes(10) | {"state_id": [1000 + i for i in range(40)]}}}]
+
+
+def test_seeds_are_pooled(seeds):
+    numbers = pooled(seeds)
+    assert numbers["base"]["successes"] == 20 and numbers["wmpo"]["successes"] == 35 and numbers["base"]["n"] == 80
+    assert numbers["difference"][0] == pytest.approx(15 / 80, abs=1e-4) and numbers["mcnemar_p"] == pytest.approx(2 / 2**15)
+    assert [run["seed"] for run in numbers["runs"]] == [3, 4] and numbers["runs"][1]["difference"][0] == 0
+
+
+@pytest.mark.parametrize("field, value, word", [("seed", 3, "same seed"), ("preset", "tiny_stack", "different presets")])
+def test_runs_that_do_not_belong_together(seeds, field, value, word):
+    with pytest.raises(UserError, match=word): pooled([seeds[0], seeds[1] | {field: value}])
+
+
+def test_results_keep_what_was_written_by_hand(seeds, tmp_path):
+    write_results(tmp_path / "tiny_lift", seeds[:1])
+    page = tmp_path / "tiny_lift.md"
+    page.write_text(page.read_text() + "\n## What was tried\n\nA lot.\n")
+    write_results(tmp_path / "tiny_lift", seeds)
+    text = page.read_text()
+    assert text.endswith("\n\n## What was tried\n\nA lot.\n") and text.count("What was tried") == 1
+    assert "| 3 | 25.0 % (10/40;" in text and "| all | 25.0 % (20/80;" in text and "| 4 | after WMPO, 40 | 0.750 |" in text
+    assert json.loads((tmp_path / "tiny_lift.json").read_text()) == pooled(seeds)

@@ -233,6 +233,8 @@ def _reward(record: dict) -> str:
     reward, numbers = record.get("reward") or {}, []
     if "f1" in reward:
         numbers.append(tile("F1", f"{reward['f1']:.3f}", f"on {reward.get('trajectories', '?')} held-out trajectories"))
+    if "after" in reward:
+        numbers.append(tile("F1 after WMPO", f"{reward['after']['f1']:.3f}", f"on {reward['after']['trajectories']} of the trained policy's"))
     if "threshold" in reward: numbers.append(tile("threshold", f"{reward['threshold']:.2f}", "of a clip's score"))
     matrix = confusion_table(reward["confusion"], "real", "judged") if "confusion" in reward else ""
     return section("The judge", tag("div", *numbers, class_="tiles") if numbers else "", matrix)
