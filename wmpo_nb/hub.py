@@ -8,7 +8,7 @@ __all__ = ['REPOSITORY', 'PARTS', 'RemoteFile', 'select', 'file_digest', 'Listin
            'read_data_pickle', 'convert_states', 'load_states', 'load_first_frames']
 
 # %% ../nbs/20_hub.ipynb #2f90e605
-import argparse, difflib, fnmatch, hashlib, json, os, pickle, re, shutil, time
+import argparse, difflib, fnmatch, hashlib, json, os, pickle, re, shutil, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,18 +76,18 @@ def repository_folder(cache) -> Path:
     "Where the Hugging Face cache `cache` keeps this repository."
     return Path(cache) / f"models--{REPOSITORY.replace('/', '--')}"
 
-
+# %% ../nbs/20_hub.ipynb #fb5b56a4
 def snapshot_folder(cache, revision: str) -> Path:
     "The repository's tree as of commit `revision`, as far as it has been fetched."
     return repository_folder(cache) / "snapshots" / revision
 
-# %% ../nbs/20_hub.ipynb #fb5b56a4
+# %% ../nbs/20_hub.ipynb #db2183cc
 def write_listing(cache, listing: Listing):
     "Pin `listing`: later commands use this commit."
     with atomic_write(repository_folder(cache) / "wmpo_nb.json") as temporary:
         temporary.write_text(json.dumps({"revision": listing.revision, "files": listing.files}, indent=0))
 
-
+# %% ../nbs/20_hub.ipynb #6560a3c1
 def read_listing(cache) -> Listing | None:
     "The pinned listing, or None."
     path = repository_folder(cache) / "wmpo_nb.json"
@@ -116,7 +116,7 @@ def hub_errors(revision: str):
 # %% ../nbs/20_hub.ipynb #c8fb400c
 def _first_line(error) -> str: return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
-
+# %% ../nbs/20_hub.ipynb #2057c924
 def _status(error) -> int | None: return getattr(getattr(error, "response", None), "status_code", None)
 
 # %% ../nbs/20_hub.ipynb #357b81b6
@@ -145,7 +145,7 @@ def is_here(root: Path, file: RemoteFile) -> bool:
     path = root / file.path
     return path.is_file() and path.stat().st_size == file.size
 
-
+# %% ../nbs/20_hub.ipynb #3ba3786a
 def missing_files(root: Path, files) -> list[RemoteFile]: return [file for file in files if not is_here(root, file)]
 
 # %% ../nbs/20_hub.ipynb #69cfb7d8
@@ -206,7 +206,7 @@ def damaged_files(root: Path, files: list[RemoteFile]) -> list[RemoteFile]:
     good = lambda file: is_here(root, file) and file_digest(root / file.path, file.digest) == file.digest
     return [file for file in progress(files, "verify") if not good(file)]
 
-
+# %% ../nbs/20_hub.ipynb #4546c08e
 def _discard(path: Path):
     "Remove a file of the cache: the name in the snapshot, and the content it points to."
     path.resolve().unlink(missing_ok=True)
@@ -272,7 +272,7 @@ def main(argv=None):
     from huggingface_hub import constants
     try: return _download(args, args.cache or constants.HF_HUB_CACHE, args.offline or constants.HF_HUB_OFFLINE)
     except KeyboardInterrupt:
-        print("\nwmpo-download: stopped. The same command goes on; complete files stay")
+        print("\nwmpo-download: stopped. The same command goes on; complete files stay", file=sys.stderr)
         return 130
 
 # %% ../nbs/20_hub.ipynb #930dd571
@@ -316,7 +316,7 @@ def _follow_text(config: STDiTConfig, state: dict) -> STDiTConfig:
     if text is None: return replace(config, text_weights=False)
     return replace(config, text_weights=True, model_max_length=text.shape[0], caption_channels=text.shape[1])
 
-
+# %% ../nbs/20_hub.ipynb #1c77edc0
 def _read_stdit(path, dtype) -> dict:
     state = load_tensors(find_weights(path), dtype)
     return {key: value for key, value in state.items() if not key.startswith("pos_embed")}    # a table, computed anew
@@ -391,15 +391,15 @@ def _from_buffer(data, dtype, shape, order):
     array.state = (1, shape, dtype, order == "F", data)
     return array
 
-
+# %% ../nbs/20_hub.ipynb #1bf0f2eb
 def _encode(text, encoding):
     "How pickle protocols 0 to 2 write bytes: as text, and none at all as a call."
     return text.encode("latin1")
 
-
+# %% ../nbs/20_hub.ipynb #1d85beb1
 def _no_bytes(): return b""
 
-
+# %% ../nbs/20_hub.ipynb #d5740e3f
 def _scalar(dtype, data): return np.ndarray((), dtype.numpy(), bytes(data)).item()
 
 # %% ../nbs/20_hub.ipynb #8c68ab12
