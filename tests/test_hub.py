@@ -239,7 +239,11 @@ def hub(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def clean_hub(hub): hub.reset()
+def clean_hub(hub):
+    "No test sees what another one let go wrong; nor do the fixtures that a later test sets up first."
+    hub.log.clear()
+    yield
+    hub.reset()
 
 
 # --- the command, in processes of its own --------------------------------------------------------------------------
