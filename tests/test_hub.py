@@ -24,19 +24,17 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from wmpo_nb.hub import (REPOSITORY, Listing, Released, RemoteFile, convert_states, load_first_frames, load_opensora, load_policy,
+from wmpo_nb.hub import (REPOSITORY, Released, RemoteFile, convert_states, load_first_frames, load_opensora, load_policy,
                          load_released_world_model, load_states, load_stdit, make_plan, read_data_pickle, save_policy, select)
+from wmpo_nb.hub import Listing
 from wmpo_nb.policy import OpenVLAOFT
 from wmpo_nb.presets import PolicyConfig, RewardConfig, STDiTConfig, UserError, VAEConfig, load_preset
-from wmpo_nb.reward import load_pth, load_reward, save_pth
+from wmpo_nb.reward import SuccessClassifier, load_pth, load_reward, save_pth
 from wmpo_nb.run import load_tensors, save_tensors
 from wmpo_nb.stdit import STDiT
 from wmpo_nb.trajectory import ActionStats, Streams
-from wmpo_nb.vae import load_diffusers, save_diffusers
+from wmpo_nb.vae import VAE, load_diffusers, save_diffusers
 
-GOLDENS = Path(os.environ.get("WMPO_GOLDENS", Path(__file__).parent / "goldens"))
-VIDEOMAE, SDXL = (json.loads((GOLDENS / f"{name}.json").read_text())["config"]
-                  for name in ("videomae_classifier_tiny", "sdxl_vae_wrapper_tiny"))
 PRESET = replace(
     load_preset("coffee_128"),
     stdit=STDiTConfig(depth=1, hidden_size=16, num_heads=2, in_channels=4, patch_size=(1, 2, 2), text_weights=True, caption_channels=8,
@@ -45,24 +43,13 @@ PRESET = replace(
                         vision_styles=("dinov2", "siglip"), hidden_size=8, intermediate_size=16, num_layers=1, num_heads=2,
                         vocab_size=32064, prompt="In: What action should the robot take to {instruction}?\nOut:",
                         tokenizer="pretrained"),
-    reward=RewardConfig(
-        clip_length=VIDEOMAE["num_frames"], image_size=VIDEOMAE["image_size"], patch_size=VIDEOMAE["patch_size"],
-        hidden_size=VIDEOMAE["hidden_size"], num_layers=VIDEOMAE["num_hidden_layers"], num_heads=VIDEOMAE["num_attention_heads"],
-        intermediate_size=VIDEOMAE["intermediate_size"], use_mean_pooling=True),
-    vae=VAEConfig(
-        latent_channels=SDXL["latent_channels"], block_out_channels=tuple(SDXL["block_out_channels"]), scaling_factor=0.13025,
-        layers_per_block=SDXL["layers_per_block"], norm_num_groups=SDXL["norm_num_groups"], mid_block_add_attention=True))
+    reward=RewardConfig(image_size=16, patch_size=8, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32),
+    vae=VAEConfig(block_out_channels=(8, 8), scaling_factor=0.13025))
 TRAP = 'import pathlib\npathlib.Path("executed").touch()\nraise SystemExit("executed")\n'
 TASKS = ("coffee", "square", "stack_three", "three_piece_assembly")
 
 
 # --- the miniature release -----------------------------------------------------------------------------------------
-
-def golden_weights(name, prefix):
-    "Random weights in the layout that upstream's own code gave them; quicker than importing diffusers or transformers."
-    tensors = load_tensors(GOLDENS / f"{name}.safetensors")
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-
 
 def write_policy(folder, weights):
     "A HF folder as the fork of transformers writes it, whose JSON files ask for Python of the repository to be run."
@@ -104,12 +91,7 @@ def write_world_models(folder):
         save_tensors(folder / task / "P_128", half, shard_bytes=20_000)
         save_tensors(folder / task / "P_1280/model.safetensors", half)
         for budget in ("P_128", "P_1280"): (folder / task / budget / "inference_cfg.py").write_text(TRAP)
-    save_tensors(folder / "vae/diffusion_pytorch_model.safetensors", golden_weights("sdxl_vae_wrapper_tiny", "state_dict.module."))
-    levels = len(PRESET.vae.block_out_channels)
-    record = {name: getattr(PRESET.vae, name) for name in ("latent_channels", "block_out_channels", "layers_per_block", "norm_num_groups")}
-    (folder / "vae/config.json").write_text(json.dumps(record | {
-        "_class_name": "AutoencoderKL", "_diffusers_version": "0.20.0.dev0", "act_fn": "silu", "scaling_factor": 0.13025,
-        "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}))
+    save_diffusers(folder / "vae", VAE(PRESET.vae))
 
 
 def write_release(root):
@@ -123,9 +105,9 @@ def write_release(root):
         write_policy(checkpoints / "WMPO_models" / task / "P_128", {key: -value for key, value in policy.items()})
         write_statistics(checkpoints / "SFT_models" / task / "dataset_statistics.json", task)
     (checkpoints / "reward_models").mkdir()
-    reward = golden_weights("videomae_classifier_tiny", "meanpool.state_dict.")
-    for task in TASKS: save_tensors(checkpoints / f"reward_models/videomae_{task}.pth", reward)
-    online = {"rm_model_state_dict": {f"module.{key}": value for key, value in reward.items()}}
+    reward = SuccessClassifier(PRESET.reward)
+    for task in TASKS: save_pth(checkpoints / f"reward_models/videomae_{task}.pth", reward)
+    online = {"rm_model_state_dict": {f"module.{key}": value for key, value in reward.state_dict().items()}}
     torch.save(online, checkpoints / "reward_models/videomae_square.pth")
     for name in ("modeling_prismatic.py", "processing_prismatic.py"): (checkpoints / name).write_text(TRAP)
     for number in range(3):
@@ -644,7 +626,7 @@ def test_reward_in_both_layouts(released, hub, tmp_path):
 
 def test_reward_refusals(released, tmp_path):
     with pytest.raises(UserError, match="configuration of a preset"): load_reward(released.reward)
-    with pytest.raises(UserError, match="in the file and"): load_reward(released.reward, replace(PRESET.reward, hidden_size=2 * PRESET.reward.hidden_size))
+    with pytest.raises(UserError, match="in the file and"): load_reward(released.reward, replace(PRESET.reward, hidden_size=32))
     torch.save({"a": Attack(tmp_path / "executed")}, tmp_path / "bad.pth")
     with pytest.raises(UserError, match="more than tensors"): load_reward(tmp_path / "bad.pth", PRESET.reward)
     assert not (tmp_path / "executed").exists()
@@ -654,9 +636,7 @@ def test_vae(released, tmp_path):
     vae = load_diffusers(released.vae)
     assert vae.config == PRESET.vae
     save_diffusers(tmp_path / "back", vae)
-    assert load_diffusers(tmp_path / "back").config == vae.config
-    name = "diffusion_pytorch_model.safetensors"
-    assert (tmp_path / "back" / name).read_bytes() == (released.vae / name).read_bytes()
+    assert content(tmp_path / "back") == content(released.vae)
     weights = load_tensors(released.vae)
     save_tensors(tmp_path / "back/diffusion_pytorch_model.safetensors", {key: weights[key] for key in list(weights)[1:]})
     with pytest.raises(UserError, match=f"see '{list(weights)[0]}'"): load_diffusers(tmp_path / "back")
