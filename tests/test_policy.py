@@ -180,7 +180,7 @@ def test_saved_policy_acts_the_same(policy, tmp_path):
 def test_folders_that_hold_no_policy(policy, tmp_path):
     with pytest.raises(UserError, match="config.json"): OpenVLAOFT.from_pretrained(tmp_path / "nowhere")
     policy.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="does not hold this policy"):
+    with pytest.raises(UserError, match="does not fit OpenVLAOFT"):
         OpenVLAOFT.from_pretrained(tmp_path, replace(CONFIG, hidden_size=64), "lift")
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:999])
     with pytest.raises(UserError, match="truncated"): OpenVLAOFT.from_pretrained(tmp_path)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import RepoCard
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 PACKAGE, NOTEBOOKS = ROOT / "wmpo_nb", sorted((ROOT / "nbs").glob("*.ipynb"))
@@ -99,11 +100,11 @@ def test_every_command_has_a_main():
 
 
 def test_every_import_is_a_requirement():
-    declared = {Requirement(line).name for line in setting("requirements")}
+    declared = {canonicalize_name(Requirement(line).name) for line in setting("requirements")}
     distributions = packages_distributions()
     for module in MODULES:
         for package in imports(module)[1] - set(sys.stdlib_module_names):
-            assert set(distributions.get(package, [package])) & declared, f"{module.stem} imports {package}"
+            assert set(map(canonicalize_name, distributions.get(package, [package]))) & declared, f"{module.stem} imports {package}"
 
 
 def test_constraints_are_what_the_settings_admit():

@@ -5,7 +5,7 @@ __all__ = ['RELEASED_NAMES', 'NEGATIVE_SHARES', 'resize_and_crop', 'preprocess',
            'rename_keys', 'write_released_keys', 'read_released_keys', 'score_clips', 'clip_ends', 'trajectory_scores',
            'decide', 'judge', 'clip_pools', 'clips_at', 'sample_clips', 'augment', 'hardest', 'f1_score',
            'select_threshold', 'calibrate', 'split_trajectories', 'block_named', 'checked_pools', 'clip_loss',
-           'train_reward', 'save_reward', 'load_reward', 'load_pth', 'main']
+           'train_reward', 'save_reward', 'load_reward', 'load_pth', 'save_pth', 'main']
 
 # %% ../nbs/11_reward.ipynb #852bffb9
 from dataclasses import replace
@@ -18,9 +18,8 @@ from torch.nn import functional as F
 # %% ../nbs/11_reward.ipynb #02aa1e4d
 from .presets import RewardConfig, RewardTrainConfig, UserError
 from .run import (
-    config_of,
-    EMA, Checkpointer, Run, command, fast_precision, load_into, make_optimizer, optimizer_step, parse_preset, preset_parser,
-    progress, save_weights)
+    EMA, Checkpointer, Run, check_fits, command, config_of, fast_precision, load_into, load_pickled, make_optimizer,
+    optimizer_step, parse_preset, preset_parser, progress, save_tensors, save_weights)
 from .trajectory import TrajectoryBatch, read_shards
 
 # %% ../nbs/11_reward.ipynb #78126d8d
@@ -307,22 +306,28 @@ def load_reward(path, config: RewardConfig | None = None) -> SuccessClassifier:
 
     Raises `UserError` when the file is missing, damaged or does not fit.
     """
-    if str(path).endswith(".pth"):
-        state = load_pth(path)
-        classifier = SuccessClassifier(replace(config, use_mean_pooling="fc_norm.weight" in state))
-        classifier.load_state_dict(state)
+    if not str(path).endswith(".pth"):
+        classifier = SuccessClassifier(config or config_of(path, RewardConfig))
+        load_into(classifier, path)
         return classifier.eval()
-    classifier = SuccessClassifier(config or config_of(path, RewardConfig))
-    load_into(classifier, path)
+    if config is None: raise UserError(f"{path} does not say how large its network is: give the configuration of a preset")
+    state = load_pth(path)
+    classifier = SuccessClassifier(replace(config, use_mean_pooling="fc_norm.weight" in state))
+    check_fits(classifier, state, path)
+    classifier.load_state_dict(state)
     return classifier.eval()
 
 # %% ../nbs/11_reward.ipynb #8d9ed56f
 def load_pth(path) -> dict:
     "State dict of a released `.pth`; the prefix `module.` of the online trainer's files is dropped."
-    try: state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error: raise UserError(f"cannot read weights {path}: {error}") from None
+    state = load_pickled(path)
     state = state.get("rm_model_state_dict", state)
     return {key.removeprefix("module."): value for key, value in state.items()}
+
+# %% ../nbs/11_reward.ipynb #59175e2e
+def save_pth(path, classifier: SuccessClassifier):
+    "Write the weights as the released `videomae_<task>.pth` are: one flat state dict, readable with `weights_only`."
+    save_tensors(path, classifier.state_dict())
 
 # %% ../nbs/11_reward.ipynb #d9930f44
 @command

@@ -64,7 +64,7 @@ def load_stats(path, key: str | None = None) -> ActionStats:
     try: record = json.loads(Path(path).read_text())
     except (OSError, json.JSONDecodeError) as error: raise UserError(f"cannot read action statistics {path}: {error}")
     key = key or next(iter(record))
-    if key not in record: raise UserError(f"no statistics '{key}' in {path}; it holds: {', '.join(record)}")
+    if key not in record: raise UserError(f"no statistics '{key}' in {path}; it holds: {', '.join(record)}. Use the files of this task, or name one of these")
     action = record[key]["action"]
     q01, q99 = (torch.tensor(action[q], dtype=torch.float64) for q in ("q01", "q99"))
     return ActionStats(q01, q99, torch.tensor(action.get("mask", [True] * (len(q01) - 1) + [False])))

@@ -3,10 +3,12 @@
 # %% auto #0
 __all__ = ['to_pixels', 'to_frames', 'make_autoencoder', 'VAE', 'accept_diffusers_keys', 'fold_time', 'unfold_time', 'edge_loss',
            'kl_loss', 'vae_loss', 'psnr', 'frame_sampler', 'normalise_latents', 'train_vae', 'training_terms',
-           'save_vae', 'load_vae', 'load_diffusers', 'reconstruct_batch', 'main']
+           'save_vae', 'load_vae', 'load_diffusers', 'save_diffusers', 'reconstruct_batch', 'main']
 
 # %% ../nbs/06_vae.ipynb #d5a233d8
+import json
 from dataclasses import replace
+from pathlib import Path
 
 # %% ../nbs/06_vae.ipynb #73632349
 import torch
@@ -15,9 +17,8 @@ from torch import nn
 
 from .presets import UserError, VAEConfig, VAETrainConfig
 from .run import (
-    config_of,
-    EMA, Checkpointer, Run, command, fast_precision, load_into, make_optimizer, optimizer_step, parse_preset, preset_parser,
-    progress, save_weights)
+    EMA, Checkpointer, Run, atomic_write, command, config_of, fast_precision, load_into, make_optimizer, optimizer_step,
+    parse_preset, preset_parser, progress, save_tensors, save_weights)
 from .trajectory import TrajectoryBatch, read_shards
 
 # %% ../nbs/06_vae.ipynb #15819d6d
@@ -235,15 +236,28 @@ def load_vae(path) -> VAE:
 
 # %% ../nbs/06_vae.ipynb #667ac482
 def load_diffusers(folder) -> VAE:
-    "The VAE of a diffusers folder (`config.json` and weights), such as the SDXL VAE of the released checkpoints."
+    """The VAE of a diffusers folder (`config.json` and weights), such as the SDXL VAE of the released checkpoints.
+
+    Raises `UserError` when a file or a weight is missing or has another shape. Never goes online."""
     from diffusers import AutoencoderKL
-    try: network = AutoencoderKL.from_pretrained(folder)
-    except (OSError, ValueError) as error: raise UserError(f"no diffusers VAE in {folder}: {error}") from None
+    if not Path(folder, "config.json").is_file(): raise UserError(f"no diffusers VAE in {folder}: config.json is missing")
+    try: network, info = AutoencoderKL.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"no diffusers VAE in {folder}: {str(error).splitlines()[0]}") from None
+    wrong = [*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]]
+    if wrong: raise UserError(f"{folder} does not hold the VAE of its config.json: see '{wrong[0]}'. Download it again")
     names = ("latent_channels", "layers_per_block", "norm_num_groups", "scaling_factor", "mid_block_add_attention")
     config = {name: network.config[name] for name in names}
     vae = VAE(VAEConfig(block_out_channels=tuple(network.config.block_out_channels), **config))
     vae.load_state_dict(network.state_dict())
     return vae.eval()
+
+# %% ../nbs/06_vae.ipynb #92d8235b
+def save_diffusers(folder, vae: VAE):
+    "Write `vae` as a diffusers folder, for `AutoencoderKL.from_pretrained`. The weights come last: they make it complete."
+    record = dict(vae.module.config) | {"_class_name": "AutoencoderKL", "scaling_factor": vae.config.scaling_factor}
+    with atomic_write(Path(folder, "config.json")) as temporary: temporary.write_text(json.dumps(record, indent=2))
+    save_tensors(Path(folder, "diffusion_pytorch_model.safetensors"), vae.module.state_dict())
 
 # %% ../nbs/06_vae.ipynb #7c391242
 def reconstruct_batch(vae: VAE, batch: TrajectoryBatch) -> TrajectoryBatch:
