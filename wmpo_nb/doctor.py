@@ -9,7 +9,7 @@ __all__ = ['PACKAGE', 'PHYSICS', 'PROBE', 'DISK_NEEDED', 'REFERENCE', 'PRESET', 
            'check_gripper', 'check_replay_states', 'check_replay_actions', 'first_success', 'check_base_success',
            'line', 'diagnose', 'main']
 
-# %% ../nbs/21_doctor.ipynb #25edebdc
+# %% ../nbs/21_doctor.ipynb #f4006e0c
 import argparse, functools, hashlib, json, os, shutil, subprocess, sys
 from dataclasses import asdict
 from importlib import metadata
@@ -17,11 +17,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-# %% ../nbs/21_doctor.ipynb #e70d3681
+# %% ../nbs/21_doctor.ipynb #29213456
 import numpy as np
 import torch
 
-# %% ../nbs/21_doctor.ipynb #85172c80
+# %% ../nbs/21_doctor.ipynb #0f22765e
 from .demo import SHIPPED
 from .policy import OpenVLAOFT
 from .presets import TaskConfig, UserError, load_preset, seeds_for
@@ -30,19 +30,19 @@ from .simulator import (
     GL_PACKAGES, Environment, Simulator, Snapshot, Style, choose_gl, explain_unknown_task, script_trial)
 from .trajectory import InitialState, load_stats, rollout
 
-# %% ../nbs/21_doctor.ipynb #08d4b193
+# %% ../nbs/21_doctor.ipynb #a51216c9
 class Finding(NamedTuple):
     "`status`: ok, warning (it runs, but mind this), FAIL (it does not) or skipped; what was found; what to do about it."
     status: str
     text: str
     cure: str = ""
 
-# %% ../nbs/21_doctor.ipynb #fd58beb3
+# %% ../nbs/21_doctor.ipynb #e9962a63
 def ok(text: str) -> Finding: return Finding("ok", text)
 def warning(text: str, cure: str) -> Finding: return Finding("warning", text, cure)
 def failed(text: str, cure: str) -> Finding: return Finding("FAIL", text, cure)
 
-# %% ../nbs/21_doctor.ipynb #2e2d8e9b
+# %% ../nbs/21_doctor.ipynb #06f5b4d7
 class Check(NamedTuple):
     "A named check: `find(kit)` gives a `Finding`; `cure` is for when it crashes; it is skipped if one of `needs` has failed."
     name: str
@@ -51,29 +51,29 @@ class Check(NamedTuple):
     needs: tuple = ()
     slow: bool = False
 
-# %% ../nbs/21_doctor.ipynb #24c89e3b
+# %% ../nbs/21_doctor.ipynb #5c1a9479
 def first_line(text) -> str:
     "The first line of `text` with something in it, at most 160 characters."
     return next((line.strip() for line in str(text).splitlines() if line.strip()), "")[:160]
 
-# %% ../nbs/21_doctor.ipynb #481ee606
+# %% ../nbs/21_doctor.ipynb #efb280ba
 def examine(check: Check, kit) -> Finding:
     "The finding of `check`, whatever happens inside it."
     try: return check.find(kit)
     except UserError as error: return failed(str(error), check.cure)
     except (Exception, SystemExit) as error: return failed(f"{type(error).__name__}: {first_line(error)}", check.cure)
 
-# %% ../nbs/21_doctor.ipynb #32655b77
+# %% ../nbs/21_doctor.ipynb #e598d06e
 PACKAGE = "wmpo_nb"
 PHYSICS = ("mujoco", "robosuite")
 
-# %% ../nbs/21_doctor.ipynb #e7c10b60
+# %% ../nbs/21_doctor.ipynb #9f0d8551
 def parse_pins(lines) -> dict[str, str]:
     "Name and version from lines such as `torch==2.13.0`, with or without an `; extra == ...` behind; others are left out."
     pins = (line.split(";")[0].strip().partition("==") for line in lines if not line.startswith("#"))
     return {name: version for name, equals, version in pins if equals}
 
-# %% ../nbs/21_doctor.ipynb #264616c2
+# %% ../nbs/21_doctor.ipynb #a493ad8f
 def tested_versions(constraints: Path = SHIPPED.parents[1] / "constraints.txt") -> dict[str, str]:
     "Tested version of every package that `wmpo_nb` needs, from the checkout or the package's metadata; empty if neither knows."
     required = [line for line in metadata.requires(PACKAGE) or [] if "extra ==" not in line]
@@ -82,13 +82,13 @@ def tested_versions(constraints: Path = SHIPPED.parents[1] / "constraints.txt") 
     else: pins = parse_pins(line for line in metadata.requires(PACKAGE) or [] if 'extra == "tested"' in line)
     return {name: version for name, version in pins.items() if name in names}
 
-# %% ../nbs/21_doctor.ipynb #510498b0
+# %% ../nbs/21_doctor.ipynb #5793f19a
 def installed_version(name: str) -> str:
     "Version of an installed package without its local part (`2.13.0` for `2.13.0+cpu`), or 'missing'."
     try: return metadata.version(name).split("+")[0]
     except metadata.PackageNotFoundError: return "missing"
 
-# %% ../nbs/21_doctor.ipynb #52e89d95
+# %% ../nbs/21_doctor.ipynb #e8bc1825
 def check_versions(kit) -> Finding:
     "Installed packages against the tested ones; another physics, or none, is a failure."
     tested = tested_versions()
@@ -101,7 +101,7 @@ def check_versions(kit) -> Finding:
     broken = [name for name in other if found[name] == "missing" or name in PHYSICS]
     return failed(text, cure) if broken else warning(text, f"if something below fails: {cure}")
 
-# %% ../nbs/21_doctor.ipynb #f6b432cd
+# %% ../nbs/21_doctor.ipynb #71b9c6ab
 PROBE = """
 import mujoco
 scene = '<worldbody><light pos="0 -2 2"/><camera name="c" pos="0 -2 0" xyaxes="1 0 0 0 0 1"/><geom type="box" size=".3 .3 .3" pos="0 0 .5" rgba="1 0 0 1"/></worldbody>'
@@ -114,7 +114,7 @@ picture = renderer.render()[..., 0].astype(int)
 print('drawn' if picture[:16].sum() > 2 * picture[16:].sum() + 1000 else 'wrong picture')
 """
 
-# %% ../nbs/21_doctor.ipynb #705f9dd2
+# %% ../nbs/21_doctor.ipynb #baad2268
 def try_backend(name: str, timeout: float = 60) -> str:
     "Empty if MuJoCo draws with `MUJOCO_GL=name`, else why not."
     environment = dict(os.environ, MUJOCO_GL=name, PYOPENGL_PLATFORM=name) if name else dict(os.environ)
@@ -124,7 +124,7 @@ def try_backend(name: str, timeout: float = 60) -> str:
     if done.returncode < 0: return f"killed by signal {-done.returncode}"
     return first_line("\n".join(reversed(done.stderr.splitlines()))) or done.stdout.strip() or "no picture"
 
-# %% ../nbs/21_doctor.ipynb #84a990e7
+# %% ../nbs/21_doctor.ipynb #c61d614f
 def check_drawing(kit) -> Finding:
     "Which OpenGL MuJoCo can use here, and whether the one that would be used is among them."
     if not sys.platform.startswith("linux"):
@@ -138,14 +138,14 @@ def check_drawing(kit) -> Finding:
     broken = [name for name in reasons if name not in working]
     return ok(f"{chosen} is used; works: {', '.join(working)}" + (f"; does not: {', '.join(broken)}" if broken else ""))
 
-# %% ../nbs/21_doctor.ipynb #1b9262d8
+# %% ../nbs/21_doctor.ipynb #e77d2b57
 def check_mimicgen(kit) -> Finding:
     "NVlabs' MimicGen, PyPI's placeholder of that name, or neither."
     why = explain_unknown_task("coffee")
     if "placeholder" in why: return warning("the installed 'mimicgen' is the placeholder of PyPI", why.split(": ", 1)[1])
     return ok("MimicGen is installed" if find_spec("mimicgen") else "not installed; only the paper's four tasks need it")
 
-# %% ../nbs/21_doctor.ipynb #06aed528
+# %% ../nbs/21_doctor.ipynb #d20540cb
 def check_cuda(kit) -> Finding:
     "What PyTorch can compute on."
     if torch.cuda.is_available():
@@ -156,10 +156,10 @@ def check_cuda(kit) -> Finding:
                        "make setup TORCH_INDEX=https://download.pytorch.org/whl/cu130, or install a torch that fits the driver")
     return ok("no GPU: the tiny presets run on the CPU, the paper's size does not")
 
-# %% ../nbs/21_doctor.ipynb #25ed8d97
+# %% ../nbs/21_doctor.ipynb #557cfa5d
 DISK_NEEDED = 2e9           # bytes: a demo's data, checkpoints and films
 
-# %% ../nbs/21_doctor.ipynb #99befac5
+# %% ../nbs/21_doctor.ipynb #60466892
 def check_disk(kit) -> Finding:
     "Room to write in, where runs would be written."
     folder = next(path for path in (kit.output.resolve(), *kit.output.resolve().parents) if path.exists())
@@ -169,7 +169,7 @@ def check_disk(kit) -> Finding:
     if free >= DISK_NEEDED: return ok(text)
     return failed(text, f"free {DISK_NEEDED / 1e9:.0f} GB, or choose another --output")
 
-# %% ../nbs/21_doctor.ipynb #a4241d85
+# %% ../nbs/21_doctor.ipynb #732cf085
 def check_policy(kit) -> Finding:
     "The statistics beside the policy's weights: present under its name, seven ranges, gripper left alone."
     path = kit.folder / "dataset_statistics.json"
@@ -182,11 +182,11 @@ def check_policy(kit) -> Finding:
     if own: kit.policy
     return ok(f"its statistics are those of '{key}'" + (", and its weights load" if own else "; weights of this layout are not loaded here"))
 
-# %% ../nbs/21_doctor.ipynb #c7320a15
+# %% ../nbs/21_doctor.ipynb #97e824aa
 REFERENCE = SHIPPED.parent / "reference_lift.npz"
 PRESET = "tiny_lift"
 
-# %% ../nbs/21_doctor.ipynb #1a893157
+# %% ../nbs/21_doctor.ipynb #906c4208
 class Reference(NamedTuple):
     "actions float32 [T, 7]; snapshots after `steps` int64 [3] of them, and frames uint8 [3, H, W, 3]; success after T actions."
     task: TaskConfig
@@ -197,7 +197,7 @@ class Reference(NamedTuple):
     frames: np.ndarray
     versions: dict
 
-# %% ../nbs/21_doctor.ipynb #7b1580e3
+# %% ../nbs/21_doctor.ipynb #e7b81ed3
 def record_reference(task: TaskConfig, seed: int) -> Reference:
     "Let the scripted expert solve `task` from `seed`, then play its actions again and keep start, middle and end."
     env = Environment(task)
@@ -212,10 +212,10 @@ def record_reference(task: TaskConfig, seed: int) -> Reference:
     versions = {name: installed_version(name) for name in (*PHYSICS, "numpy")} | {"drawing": os.environ.get("MUJOCO_GL", "")}
     return Reference(task, seed, actions, steps, snapshots, np.stack(frames), versions)
 
-# %% ../nbs/21_doctor.ipynb #6d599f82
+# %% ../nbs/21_doctor.ipynb #fcd47602
 _FIELDS = ("state", "ctrl", "warmstart", "gripper", "nullspace_joint")
 
-# %% ../nbs/21_doctor.ipynb #24b35c3a
+# %% ../nbs/21_doctor.ipynb #dda71cca
 def save_reference(path, reference: Reference):
     "Write `reference`; the file is complete or absent."
     arrays = {name: np.stack([getattr(s, name) for s in reference.snapshots]) for name in _FIELDS}
@@ -226,7 +226,7 @@ def save_reference(path, reference: Reference):
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, about=np.array(json.dumps(about)), **arrays)
 
-# %% ../nbs/21_doctor.ipynb #b7efe77b
+# %% ../nbs/21_doctor.ipynb #e949cc7e
 def load_reference(path=REFERENCE) -> Reference:
     "Read a file of `save_reference`. Raises `UserError` when it is missing, damaged or of another version."
     try:
@@ -238,30 +238,30 @@ def load_reference(path=REFERENCE) -> Reference:
     except Exception as error: raise UserError(f"the reference {Path(path).name} cannot be read ({first_line(error)})") from None
     return Reference(task, about["seed"], arrays["actions"], arrays["steps"], snapshots, arrays["frames"], about["versions"])
 
-# %% ../nbs/21_doctor.ipynb #22ba15c4
+# %% ../nbs/21_doctor.ipynb #e742e111
 def make_reference(path=REFERENCE) -> Path:
     "Record the reference of the current task and write it."
     save_reference(path, record_reference(load_preset(PRESET).task, seeds_for("demonstrations", 1)[0]))
     return Path(path)
 
-# %% ../nbs/21_doctor.ipynb #586a7ffb
+# %% ../nbs/21_doctor.ipynb #eb0d8371
 VIEWS = {"upright": lambda f: f, "upside down": lambda f: f[::-1], "mirrored": lambda f: f[:, ::-1],
          "turned by half": lambda f: f[::-1, ::-1], "red and blue swapped": lambda f: f[..., ::-1]}
 
-# %% ../nbs/21_doctor.ipynb #daf60719
+# %% ../nbs/21_doctor.ipynb #0eda1ecb
 def difference(a: np.ndarray, b: np.ndarray) -> float:
     "Mean absolute difference of two pictures, in grey levels."
     return float(np.abs(a.astype(float) - b).mean())
 
-# %% ../nbs/21_doctor.ipynb #7bf1d148
+# %% ../nbs/21_doctor.ipynb #13e03d4b
 def nearest_view(frame: np.ndarray, reference: np.ndarray) -> str:
     "Which of `VIEWS` turns `frame` uint8 [H, W, 3] into `reference` best."
     return min(VIEWS, key=lambda name: difference(VIEWS[name](frame), reference))
 
-# %% ../nbs/21_doctor.ipynb #edfb7ef3
+# %% ../nbs/21_doctor.ipynb #fe5c9579
 SAME, CLOSE = 0.0, 3.0       # mean difference in grey levels: of one renderer, of another renderer of the same scene
 
-# %% ../nbs/21_doctor.ipynb #66ea0111
+# %% ../nbs/21_doctor.ipynb #beb753a7
 def compare(frame: np.ndarray, reference: np.ndarray) -> Finding:
     "What to say about a picture that should be `reference`."
     view, error = nearest_view(frame, reference), difference(frame, reference)
@@ -271,7 +271,7 @@ def compare(frame: np.ndarray, reference: np.ndarray) -> Finding:
     if error <= CLOSE: return warning(f"upright; differs a little, {text}: another renderer", "compare only results drawn the same way")
     return failed(f"upright, but differs {text}", "install the tested mujoco and robosuite; if the task was changed: wmpo-doctor --make-reference")
 
-# %% ../nbs/21_doctor.ipynb #d9511e0b
+# %% ../nbs/21_doctor.ipynb #c6d70478
 class Kit:
     "The policy in `folder`, the `reference`, the simulator as the reference has it, and where runs would be written."
     def __init__(self, folder: Path | None = None, output: Path = Path("."), reference: Path = REFERENCE):
@@ -285,7 +285,7 @@ class Kit:
     @functools.cached_property
     def policy(self) -> OpenVLAOFT: return OpenVLAOFT.from_pretrained(self.folder)
 
-# %% ../nbs/21_doctor.ipynb #f3206d3b
+# %% ../nbs/21_doctor.ipynb #d6c4a817
 def check_first_frame(kit) -> Finding:
     "The first picture of the known seed against the stored one."
     kit.environment.reset(kit.reference.seed)
@@ -293,12 +293,12 @@ def check_first_frame(kit) -> Finding:
     if found.status != "ok" or kit.reference.task == kit.task: return found
     return warning(f"{found.text}; but the reference is of an older task", "maintainers: wmpo-doctor --make-reference")
 
-# %% ../nbs/21_doctor.ipynb #617b2205
+# %% ../nbs/21_doctor.ipynb #3bd64edc
 def finger_distance(env: Environment) -> float:
     "Distance between the fingers, metres (the joints of the two have opposite signs)."
     return float(np.abs(env.data.qpos[env.robot._ref_gripper_joint_pos_indexes]).sum())
 
-# %% ../nbs/21_doctor.ipynb #bf55cbda
+# %% ../nbs/21_doctor.ipynb #64385c82
 def check_gripper(kit) -> Finding:
     "+1 closes the fingers and -1 opens them."
     env, distances = kit.environment, []
@@ -311,7 +311,7 @@ def check_gripper(kit) -> Finding:
     if kit.reference.actions[-1, 6] <= 0: return failed("the demonstration ends with an open gripper", "wmpo-doctor --make-reference")
     return ok(text)
 
-# %% ../nbs/21_doctor.ipynb #21dbb763
+# %% ../nbs/21_doctor.ipynb #4a6f67c7
 def check_replay_states(kit) -> Finding:
     "The stored snapshots, restored and drawn."
     env, worst = kit.environment, Finding("ok", "")
@@ -323,7 +323,7 @@ def check_replay_states(kit) -> Finding:
     if not env.success(): return failed("the last stored state is no success here", "install the tested mujoco and robosuite")
     return worst if worst.status == "warning" else ok(f"{len(kit.reference.frames)} stored states look as they did, the last is a success")
 
-# %% ../nbs/21_doctor.ipynb #1cc79fb6
+# %% ../nbs/21_doctor.ipynb #eb7b3c8f
 def check_replay_actions(kit) -> Finding:
     "The stored actions, played from the seed."
     env, actions = kit.environment, kit.reference.actions
@@ -337,10 +337,10 @@ def check_replay_actions(kit) -> Finding:
     text = f"success after {finish} of {len(actions)} actions, final state " + ("identical" if error == 0 else f"within {error:.1g}")
     return ok(text) if finish == len(actions) and error < 1e-6 else warning(text, "physics differs a little: compare only results of one machine")
 
-# %% ../nbs/21_doctor.ipynb #ce9e3c7d
+# %% ../nbs/21_doctor.ipynb #1dfe4a43
 TRIALS = 16                  # a policy that solves one start in three fails on all of them once in 650 times
 
-# %% ../nbs/21_doctor.ipynb #0db824f5
+# %% ../nbs/21_doctor.ipynb #2b06b300
 def first_success(policy, task: TaskConfig, count: int) -> int | None:
     "How many trials, at most `count`, it took to see one greedy success from selection states; None if there was none."
     with Simulator(task, 0, every_frame=False) as simulator:
@@ -348,7 +348,7 @@ def first_success(policy, task: TaskConfig, count: int) -> int | None:
             played = rollout(policy.eval(), simulator, [InitialState(seed, None)], chunks=task.chunks)
             if played.success.any(): return trial
 
-# %% ../nbs/21_doctor.ipynb #3a4f9f69
+# %% ../nbs/21_doctor.ipynb #08cbf385
 def check_base_success(kit) -> Finding:
     "One success of the policy, anywhere."
     if kit.policy.instruction != kit.task.instruction: return Finding("skipped", f"the policy is for '{kit.policy.instruction}'")
@@ -357,7 +357,7 @@ def check_base_success(kit) -> Finding:
     return failed(f"the base policy solves none of {TRIALS} starts", "if all checks above are in order, the weights and the task do not belong "
                   "together: reinstall, or train with wmpo-sft")
 
-# %% ../nbs/21_doctor.ipynb #b82eeec0
+# %% ../nbs/21_doctor.ipynb #0cec536d
 _INSTALL = f"pip install '{PACKAGE}[tested]'"
 _REFERENCE = "reinstall; maintainers: wmpo-doctor --make-reference"
 CHECKS = (
@@ -373,13 +373,13 @@ CHECKS = (
     Check("replay actions", check_replay_actions, _INSTALL, ("drawing",), slow=True),
     Check("base success", check_base_success, _INSTALL, ("drawing", "policy"), slow=True))
 
-# %% ../nbs/21_doctor.ipynb #ec77b94b
+# %% ../nbs/21_doctor.ipynb #19e83c43
 def line(name: str, found: Finding) -> str:
     "One finding as text, its cure below it."
     cure = f"\n{'':25}-> {found.cure}" if found.cure else ""
     return f"{found.status:>7}  {name:<16}{found.text}{cure}"
 
-# %% ../nbs/21_doctor.ipynb #1372fda8
+# %% ../nbs/21_doctor.ipynb #95d763cc
 def diagnose(kit, checks=CHECKS, quick: bool = False, show: Callable = print) -> dict[str, Finding]:
     "Make all `checks` (if `quick`, those that are not slow), `show` each line as it comes, and return the findings by name."
     findings = {}
@@ -391,7 +391,7 @@ def diagnose(kit, checks=CHECKS, quick: bool = False, show: Callable = print) ->
         show(line(check.name, findings[check.name]))
     return findings
 
-# %% ../nbs/21_doctor.ipynb #07943612
+# %% ../nbs/21_doctor.ipynb #9507b5c5
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="wmpo-doctor", description="Check whether this machine can run the kit. Exit code 0: it can, 1: it cannot.", allow_abbrev=False,
@@ -403,7 +403,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--make-reference", action="store_true", help="for maintainers: record the known demonstration again, and stop")
     return parser
 
-# %% ../nbs/21_doctor.ipynb #4284acf1
+# %% ../nbs/21_doctor.ipynb #714a2494
 @command
 def main(argv=None):
     "Console script `wmpo-doctor`."

@@ -8,7 +8,7 @@ __all__ = ['GIB', 'ATTENTION_FLOPS', 'PROMPT_TOKENS', 'SHARDED', 'DEVICES', 'CPU
            'rollout_buffers', 'Estimate', 'estimate', 'smaller_batch', 'remedy', 'in_words', 'table', 'report',
            'stages_of', 'launched_setup', 'configured_setup', 'dry_run', 'main']
 
-# %% ../nbs/22_estimate.ipynb #37c1ecb8
+# %% ../nbs/22_estimate.ipynb #c7c63f68
 import argparse, math, os, weakref
 from collections import Counter
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from functools import lru_cache, partial, reduce
 from typing import Callable, NamedTuple
 from unittest import mock
 
-# %% ../nbs/22_estimate.ipynb #0036044a
+# %% ../nbs/22_estimate.ipynb #b55f950d
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-# %% ../nbs/22_estimate.ipynb #c6f73fe6
+# %% ../nbs/22_estimate.ipynb #f7c347e8
 from .alignment import make_world_model
 from .grpo import weighted_policy_loss
 from .policy import OpenVLAOFT, action_ids, encode_prompt, token_log_probs
@@ -36,20 +36,20 @@ from .run import command, make_optimizer, parse_preset
 from .sft import imitation_loss
 from .vae import VAE, vae_loss
 
-# %% ../nbs/22_estimate.ipynb #98468775
+# %% ../nbs/22_estimate.ipynb #64ab4ca8
 GIB = 2**30
 
-# %% ../nbs/22_estimate.ipynb #378fe267
+# %% ../nbs/22_estimate.ipynb #8ae82824
 def parameters(module: nn.Module) -> int:
     "Number of parameters, trained or not."
     return sum(p.numel() for p in module.parameters())
 
-# %% ../nbs/22_estimate.ipynb #7b02d94d
+# %% ../nbs/22_estimate.ipynb #a9da3e5d
 def on_meta(make: Callable) -> nn.Module:
     "The network that `make()` builds, without memory for its weights."
     with torch.device("meta"): return make()
 
-# %% ../nbs/22_estimate.ipynb #7232136c
+# %% ../nbs/22_estimate.ipynb #7150d3e8
 class Meter(TorchDispatchMode):
     """Follows the bytes of all storages made under it: `live` by kind, and `curve`, the (activations, gradients) after each.
 
@@ -70,7 +70,7 @@ class Meter(TorchDispatchMode):
 
     def forget(self, key: int, size: int): self.live[self.kinds.pop(key)] -= size
 
-# %% ../nbs/22_estimate.ipynb #19fd7481
+# %% ../nbs/22_estimate.ipynb #9fc7f485
 def _is_gradient(meter: Meter, parameter: nn.Parameter):
     "The parameter has just received its gradient: book it as such."
     storage = parameter.grad.untyped_storage()
@@ -79,14 +79,14 @@ def _is_gradient(meter: Meter, parameter: nn.Parameter):
     meter.live["activations"] -= storage.nbytes()
     meter.live["gradients"] += storage.nbytes()
 
-# %% ../nbs/22_estimate.ipynb #6b80c7e6
+# %% ../nbs/22_estimate.ipynb #c1cd8b0e
 def _watch(meter: Meter, module: nn.Module):
     "Let `meter` know the weights of `module`."
     for tensor in (*module.parameters(), *module.buffers()): meter.add(tensor, "weights")
     for p in module.parameters():
         if p.requires_grad: p.register_post_accumulate_grad_hook(partial(_is_gradient, meter))
 
-# %% ../nbs/22_estimate.ipynb #09c4212a
+# %% ../nbs/22_estimate.ipynb #3381aa69
 def _kind(meter: Meter, func, args) -> str:
     "What an operation makes: a cast if it copies a weight to another type, else an activation."
     if func is not torch.ops.aten._to_copy.default: return "activations"
@@ -105,18 +105,18 @@ def _dispatch(self, func, types, args=(), kwargs=None):
 
 Meter.__torch_dispatch__ = _dispatch
 
-# %% ../nbs/22_estimate.ipynb #fe98b133
+# %% ../nbs/22_estimate.ipynb #babc962e
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 ATTENTION_FLOPS = {_FLASH[0]: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
                    _FLASH[1]: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)}
 
-# %% ../nbs/22_estimate.ipynb #1d9cbd7d
+# %% ../nbs/22_estimate.ipynb #1433dcf1
 @contextmanager
 def fake_device(gpu: bool):
     "Tensors without content that choose kernels as on a GPU, or as on a CPU."
     with FakeTensorMode(allow_non_fake_inputs=True), mock.patch.object(FakeTensor, "is_cuda", gpu): yield
 
-# %% ../nbs/22_estimate.ipynb #e649ddb6
+# %% ../nbs/22_estimate.ipynb #0dd4524a
 @dataclass(frozen=True)
 class Step:
     "Bytes and FLOPs of one training step of one process. `curve`: (activations, gradients) bytes over time; `unit`: parameters of the largest block."
@@ -129,25 +129,25 @@ class Step:
     flops: int
     unit: int
 
-# %% ../nbs/22_estimate.ipynb #1095121f
+# %% ../nbs/22_estimate.ipynb #3d45e6a8
 def blocks(module: nn.Module) -> list[nn.Module]:
     "The repeated blocks: children of the outermost `ModuleList`s. What FSDP gathers one at a time, and checkpointing recomputes."
     if isinstance(module, nn.ModuleList): return [block for block in module if block is not None]
     return [block for child in module.children() for block in blocks(child)]
 
-# %% ../nbs/22_estimate.ipynb #de97513c
+# %% ../nbs/22_estimate.ipynb #5d1b52e0
 def checkpoint_blocks(module: nn.Module):
     "Keep only the inputs of each block for the backward pass, and compute the block again there."
     for block in blocks(module):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
-# %% ../nbs/22_estimate.ipynb #7f88fd41
+# %% ../nbs/22_estimate.ipynb #6bd015db
 def _largest_unit(module: nn.Module) -> int:
     "Parameters of the largest block, or of everything outside the blocks if that is more."
     inside = [parameters(block) for block in blocks(module)]
     return max([parameters(module) - sum(inside), *inside])
 
-# %% ../nbs/22_estimate.ipynb #8cef6471
+# %% ../nbs/22_estimate.ipynb #efe2336f
 def training_step(module: nn.Module, loss: Callable, config, *, named=None, bf16: bool, gpu: bool, branch: bool = True,
                   checkpointing: bool = False) -> Step:
     """The `Step` of `module` (on `meta`) under `loss(module)`, a scalar, with the optimiser of `config`.
@@ -167,7 +167,7 @@ def training_step(module: nn.Module, loss: Callable, config, *, named=None, bf16
         with meter: optimizer.step()
     return _step(module, config, meter, before, count.get_total_flops(), gpu)
 
-# %% ../nbs/22_estimate.ipynb #1ca685aa
+# %% ../nbs/22_estimate.ipynb #18996c94
 def _step(module, config, meter: Meter, before: tuple, flops: int, gpu: bool) -> Step:
     left, curve = before
     gradients = meter.live["gradients"]
@@ -178,7 +178,7 @@ def _step(module, config, meter: Meter, before: tuple, flops: int, gpu: bool) ->
                 optimiser=meter.live["activations"] - left, average=state if hasattr(config, "ema") else 0, curve=curve,
                 flops=flops, unit=_largest_unit(module))
 
-# %% ../nbs/22_estimate.ipynb #db4cb8ff
+# %% ../nbs/22_estimate.ipynb #24fbb389
 def _corners(curve: list) -> tuple:
     "The points (activations, gradients) that no other point exceeds in both: one of them is the peak, however gradients are shared."
     corners, most = [], -1
@@ -186,10 +186,10 @@ def _corners(curve: list) -> tuple:
         if gradients > most: corners.append((activations, gradients)); most = gradients
     return tuple(corners)
 
-# %% ../nbs/22_estimate.ipynb #cbd845c6
+# %% ../nbs/22_estimate.ipynb #3ac4b269
 PROMPT_TOKENS = 22         # of the paper's prompt in Llama's tokens, about; the exact number hardly matters beside 312 others
 
-# %% ../nbs/22_estimate.ipynb #96d005ec
+# %% ../nbs/22_estimate.ipynb #672f2931
 def _policy_inputs(policy: OpenVLAOFT, batch: int) -> tuple:
     "Empty pixel values, prompt ids and mask for `batch` frames."
     config = policy.config
@@ -197,11 +197,11 @@ def _policy_inputs(policy: OpenVLAOFT, batch: int) -> tuple:
     ids = torch.zeros(batch, words, dtype=torch.long)
     return torch.zeros(batch, 3 * len(config.vision_styles), config.image_size, config.image_size), ids, torch.ones_like(ids)
 
-# %% ../nbs/22_estimate.ipynb #62e6e9ce
+# %% ../nbs/22_estimate.ipynb #0f5acfd3
 def _policy(preset: Preset) -> OpenVLAOFT: return on_meta(lambda: OpenVLAOFT(preset.policy, None, preset.task.instruction))
 def _tokens(batch: int, policy: OpenVLAOFT) -> torch.Tensor: return torch.zeros(batch, policy.action_tokens, dtype=torch.long)
 
-# %% ../nbs/22_estimate.ipynb #d4636c40
+# %% ../nbs/22_estimate.ipynb #86468616
 def sft_loss(policy: OpenVLAOFT, preset: Preset) -> torch.Tensor:
     "Notebook 05: cross-entropy on one batch of frames."
     batch, actions = preset.sft.batch_size, action_ids(policy.config)
@@ -209,7 +209,7 @@ def sft_loss(policy: OpenVLAOFT, preset: Preset) -> torch.Tensor:
     targets = torch.zeros(policy.config.bins, policy.config.bins)
     return imitation_loss(logits, _tokens(batch, policy) + actions.start, targets, actions.start)
 
-# %% ../nbs/22_estimate.ipynb #7b141148
+# %% ../nbs/22_estimate.ipynb #70b1fd55
 def grpo_loss(policy: OpenVLAOFT, preset: Preset) -> torch.Tensor:
     "Notebook 14: the clipped loss of one forward pass, all chunks of `micro_batch` trajectories."
     batch, actions = preset.grpo.micro_batch * preset.task.chunks, action_ids(policy.config)
@@ -218,37 +218,37 @@ def grpo_loss(policy: OpenVLAOFT, preset: Preset) -> torch.Tensor:
     old = torch.zeros_like(log_probs)
     return weighted_policy_loss(log_probs, old, torch.zeros(batch), old)[0]
 
-# %% ../nbs/22_estimate.ipynb #bcd95fc5
+# %% ../nbs/22_estimate.ipynb #e06ea293
 def _windows(preset: Preset, batch: int, frames: int) -> tuple:
     "Empty latents [batch, C, frames, h, w] and actions of a chunk."
     side = preset.world_model.image_size >> (len(preset.vae.block_out_channels) - 1)
     return torch.zeros(batch, preset.stdit.in_channels, frames, side, side), torch.zeros(batch, preset.world_model.chunk_size, 7)
 
-# %% ../nbs/22_estimate.ipynb #7ebbf7f6
+# %% ../nbs/22_estimate.ipynb #b2505768
 def flow_matching_loss(world_model, preset: Preset, config) -> torch.Tensor:
     "Notebook 09: the flow loss of one batch of windows."
     latents, actions = _windows(preset, config.batch_size, preset.world_model.context_frames + preset.world_model.chunk_size)
     return world_model.losses_at(latents, actions, torch.zeros_like(latents), torch.zeros(config.batch_size)).mean()
 
-# %% ../nbs/22_estimate.ipynb #00da3448
+# %% ../nbs/22_estimate.ipynb #0dacad49
 def _clips(config, count: int) -> torch.Tensor: return torch.zeros(count, config.clip_length, 3, config.image_size, config.image_size)
 
-# %% ../nbs/22_estimate.ipynb #a3f7348f
-def classifier_loss(classifier: SuccessClassifier, preset: Preset) -> torch.Tensor:
+# %% ../nbs/22_estimate.ipynb #140f8f23
+def classifier_loss(classifier: SuccessClassifier, preset: Preset, config) -> torch.Tensor:
     "Notebook 11: negatives are mined without gradient, then cross-entropy on the chosen clips."
-    half, mining = preset.reward_training.batch_size // 2, preset.reward_training.mining
+    half, mining = config.batch_size // 2, config.mining
     pixels = _clips(preset.reward, half * (1 + mining))
     with torch.no_grad(): chosen = hardest(classifier, pixels, half)
     return nn.functional.cross_entropy(classifier(pixels[chosen]), torch.zeros(2 * half, dtype=torch.long))
 
-# %% ../nbs/22_estimate.ipynb #11cbc0d9
+# %% ../nbs/22_estimate.ipynb #1efbcf9f
 def _classifier(preset: Preset, gpu: bool) -> SuccessClassifier:
     "The classifier; transformers chooses its attention by the machine it is built on, here by the machine that is planned."
     classifier = on_meta(lambda: SuccessClassifier(preset.reward))
     classifier.videomae.config._attn_implementation = "sdpa" if gpu else "eager"
     return classifier
 
-# %% ../nbs/22_estimate.ipynb #7ae0ccae
+# %% ../nbs/22_estimate.ipynb #0e4809e3
 def autoencoder_loss(vae: VAE, preset: Preset) -> torch.Tensor:
     "Notebook 06: reconstruction, edges and KL of one batch of frames."
     config, side = preset.vae_training, preset.task.image_size
@@ -257,7 +257,7 @@ def autoencoder_loss(vae: VAE, preset: Preset) -> torch.Tensor:
     pixels, mean, std = vae(images, noise, torch.zeros(config.batch_size, 1, 1, 1))
     return vae_loss(pixels, images, mean, std, config)["loss"]
 
-# %% ../nbs/22_estimate.ipynb #655b48be
+# %% ../nbs/22_estimate.ipynb #26ecc617
 @lru_cache(maxsize=None)
 def step_of(preset: Preset, stage: str, **how) -> Step:
     "The training step of `stage` (a field of the preset); `how` as in `training_step`."
@@ -266,30 +266,31 @@ def step_of(preset: Preset, stage: str, **how) -> Step:
     if stage == "grpo": return training_step(_policy(preset), partial(grpo_loss, preset=preset), config, **how)
     if stage == "vae_training":
         return training_step(on_meta(lambda: VAE(preset.vae)), partial(autoencoder_loss, preset=preset), config, **how)
-    if stage == "reward_training":
-        return training_step(_classifier(preset, how["gpu"]), partial(classifier_loss, preset=preset), config, named=block_named, **how)
+    if stage.startswith("reward"):
+        loss = partial(classifier_loss, preset=preset, config=config)
+        return training_step(_classifier(preset, how["gpu"]), loss, config, named=block_named, **how)
     # a world model asks whether all frames are generated: in training the context is not
-    return training_step(on_meta(lambda: make_world_model(preset)), partial(flow_matching_loss, preset=preset, config=config),
-                         config, branch=False, **how)
+    loss = partial(flow_matching_loss, preset=preset, config=config)
+    return training_step(on_meta(lambda: make_world_model(preset)), loss, config, branch=False, **how)
 
-# %% ../nbs/22_estimate.ipynb #40d951f1
+# %% ../nbs/22_estimate.ipynb #f4cf31de
 SHARDED = {"none": (), "zero1": ("optimiser",), "zero2": ("gradients", "optimiser"),
            "zero3": ("weights", "gradients", "optimiser"), "fsdp": ("weights", "gradients", "optimiser")}
 
-# %% ../nbs/22_estimate.ipynb #a866e3db
+# %% ../nbs/22_estimate.ipynb #ded94ba4
 class Device(NamedTuple):
     "What a process computes on: memory in bytes, dense bfloat16 FLOP/s."
     name: str
     memory: float
     flops: float
 
-# %% ../nbs/22_estimate.ipynb #6fea455d
+# %% ../nbs/22_estimate.ipynb #9580e1b9
 # peak rates of the makers' data sheets, without sparsity; memory as PyTorch sees it
 DEVICES = {d.name: d for d in (Device("h200", 139 * GIB, 989e12), Device("h100", 79 * GIB, 989e12), Device("a100", 79 * GIB, 312e12),
                                Device("l40s", 44 * GIB, 362e12), Device("rtx4090", 23.5 * GIB, 165e12))}
 CPU_FLOPS = 1e11           # of one process, float32: an order of magnitude, measured on a two-core server
 
-# %% ../nbs/22_estimate.ipynb #036a629f
+# %% ../nbs/22_estimate.ipynb #bd582b4d
 def this_device() -> Device:
     "The first GPU of this machine, or its CPU with all of the memory."
     if not torch.cuda.is_available():
@@ -299,7 +300,7 @@ def this_device() -> Device:
     flops = next((d.flops for d in DEVICES.values() if d.name in name), DEVICES["a100"].flops)
     return Device(found.name, found.total_memory, flops)
 
-# %% ../nbs/22_estimate.ipynb #ff04c76d
+# %% ../nbs/22_estimate.ipynb #d7e22278
 @dataclass(frozen=True)
 class Setup:
     "How a run is spread. `sharding`: a key of `SHARDED`. `checkpointing`: recompute the blocks in the backward pass."
@@ -314,7 +315,7 @@ class Setup:
 
     def share(self, what: str) -> int: return self.processes if what in SHARDED[self.sharding] else 1
 
-# %% ../nbs/22_estimate.ipynb #3a41aeeb
+# %% ../nbs/22_estimate.ipynb #aac9e143
 def _parts(step: Step, setup: Setup) -> dict:
     "Bytes per process that stay through the step: weights and their copies, optimiser, average, communication."
     zero, whole = setup.sharding.startswith("zero"), setup.share("weights") == 1
@@ -325,7 +326,7 @@ def _parts(step: Step, setup: Setup) -> dict:
     buckets = step.gradients if setup.processes > 1 and setup.sharding == "none" else 0
     return parts | {"copies": copies + buckets}
 
-# %% ../nbs/22_estimate.ipynb #f1288514
+# %% ../nbs/22_estimate.ipynb #8afde1f2
 def training_memory(step: Step, setup: Setup) -> dict:
     "Bytes per process at the step's peak, by part."
     width = 2 if setup.sharding.startswith("zero") else 1
@@ -333,7 +334,7 @@ def training_memory(step: Step, setup: Setup) -> dict:
     activations, gradients = max(step.curve, key=lambda point: point[0] + point[1] / share)
     return _parts(step, setup) | {"gradients": gradients / share, "activations": activations}
 
-# %% ../nbs/22_estimate.ipynb #f5f73da7
+# %% ../nbs/22_estimate.ipynb #9167d878
 @torch.no_grad()
 def inference(make: Callable, compute: Callable, *, bf16: bool, gpu: bool, branch: bool = True) -> tuple[int, int, int]:
     "(weights in bytes, bytes beside them at the peak, FLOPs) of `compute(module)`, for the network that `make()` builds."
@@ -345,13 +346,13 @@ def inference(make: Callable, compute: Callable, *, bf16: bool, gpu: bool, branc
         with meter, count, torch.autocast("cpu", torch.bfloat16, enabled=bf16): compute(module)
     return 4 * parameters(module), meter.casts + max(activations for activations, _ in meter.curve), count.get_total_flops()
 
-# %% ../nbs/22_estimate.ipynb #44b62472
+# %% ../nbs/22_estimate.ipynb #bdd9e67c
 def _imagine(world_model, preset: Preset, batch: int, steps: int):
     context, actions = _windows(preset, batch, preset.world_model.context_frames)
     noise, _ = _windows(preset, batch, preset.world_model.chunk_size)
     return world_model.imagine(context, actions, noise, steps)
 
-# %% ../nbs/22_estimate.ipynb #2024a926
+# %% ../nbs/22_estimate.ipynb #94488551
 def _world_model_call(preset: Preset, batch: int, **how) -> tuple[int, int, int]:
     "`inference` of one chunk of imagination: what the second Euler step adds, all others add too."
     make = partial(make_world_model, preset)
@@ -359,7 +360,7 @@ def _world_model_call(preset: Preset, batch: int, **how) -> tuple[int, int, int]
     two = inference(make, lambda m: _imagine(m, preset, batch, 2), **how)[2]
     return weights, size, one + (preset.world_model.flow_steps - 1) * (two - one)
 
-# %% ../nbs/22_estimate.ipynb #5eabda17
+# %% ../nbs/22_estimate.ipynb #37bb3577
 @lru_cache(maxsize=None)
 def rollout_calls(preset: Preset, batch: int, **how) -> dict:
     "`inference` of each network for one chunk of `batch` trajectories, by name."
@@ -371,13 +372,13 @@ def rollout_calls(preset: Preset, batch: int, **how) -> dict:
             "VAE": inference(lambda: VAE(preset.vae), lambda m: m.decode(_windows(preset, batch, chunk)[0]), **how),
             "reward": (weights, size, flops * math.ceil(clips / 64))}
 
-# %% ../nbs/22_estimate.ipynb #7313fd6c
+# %% ../nbs/22_estimate.ipynb #7a2e6bf3
 def rollout_buffers(preset: Preset, batch: int) -> int:
     "Bytes of the frames of `batch` trajectories while they grow: the chunks, the dream's own memory of them, and the finished film."
     task = preset.task
     return 3 * batch * (task.horizon + 1) * task.image_size**2 * 3
 
-# %% ../nbs/22_estimate.ipynb #2920f11f
+# %% ../nbs/22_estimate.ipynb #7ed73f71
 @dataclass(frozen=True)
 class Estimate:
     "What one stage needs: bytes per process by part, FLOPs of one iteration of one process, iterations, bytes of host memory for buffers."
@@ -398,10 +399,10 @@ class Estimate:
     @property
     def fits(self) -> bool: return self.total <= USABLE * self.setup.device.memory
 
-# %% ../nbs/22_estimate.ipynb #22852770
+# %% ../nbs/22_estimate.ipynb #b2d9fa18
 USABLE = 0.92              # of a device's memory: the rest goes to the CUDA context, kernels' workspace and fragments
 
-# %% ../nbs/22_estimate.ipynb #08ead3ff
+# %% ../nbs/22_estimate.ipynb #d6e7b8b2
 def _estimate_grpo(preset: Preset, setup: Setup, how: dict, step: Step) -> Estimate:
     "GRPO in the dream: the larger of acting and learning, and the work of both."
     grpo, chunks = preset.grpo, preset.task.chunks
@@ -420,19 +421,20 @@ def _estimate_grpo(preset: Preset, setup: Setup, how: dict, step: Step) -> Estim
     learn = batch * passes + chunks * calls["policy"][2]                 # and once more forward, for the old log-probabilities
     return Estimate("grpo", setup, memory, learn + chunks * sum(flops for _, _, flops in calls.values()), grpo.iterations, host)
 
-# %% ../nbs/22_estimate.ipynb #98452e6d
+# %% ../nbs/22_estimate.ipynb #a796713f
 def estimate(preset: Preset, stage: str, setup: Setup) -> Estimate:
-    "The `Estimate` of `stage`: sft, vae_training, pretraining, alignment, reward_training or grpo."
+    "The `Estimate` of `stage`, the name of a training configuration of the preset."
     how = dict(bf16=setup.bf16, gpu=setup.gpu)
     step = step_of(preset, stage, checkpointing=setup.checkpointing, **how)
     if stage == "grpo": return _estimate_grpo(preset, setup, how, step)
     return Estimate(stage, setup, training_memory(step, setup), step.flops, getattr(preset, stage).steps)
 
-# %% ../nbs/22_estimate.ipynb #1dd88aba
-BATCHES = {stage: (f"{stage}.batch_size",) for stage in ("sft", "vae_training", "pretraining", "alignment", "reward_training")}
+# %% ../nbs/22_estimate.ipynb #e4036db0
+BATCHES = {stage: (f"{stage}.batch_size",) for stage in
+           ("sft", "vae_training", "pretraining", "reward_pretraining", "alignment", "reward_training")}
 BATCHES |= {"grpo": ("grpo.micro_batch", "grpo.groups")}
 
-# %% ../nbs/22_estimate.ipynb #755cc5cf
+# %% ../nbs/22_estimate.ipynb #12e57d39
 def smaller_batch(preset: Preset, found: Estimate) -> dict:
     "Fields and values of a batch divided by a power of two, so that what is proportional to it should fit. Empty if none can."
     grows = found.memory["activations"] + found.memory.get("buffers", 0)
@@ -442,16 +444,16 @@ def smaller_batch(preset: Preset, found: Estimate) -> dict:
     values = {field: getattr(getattr(preset, found.stage), field.split(".")[1]) for field in BATCHES[found.stage]}
     return {field: str(max(1, value // factor)) for field, value in values.items() if value > 1}
 
-# %% ../nbs/22_estimate.ipynb #1526536c
+# %% ../nbs/22_estimate.ipynb #3768b606
 def _setups(setup: Setup):
     "`setup` and variations of it, the mildest first."
     sharded = [replace(setup, sharding="fsdp")] if setup.processes > 1 and setup.sharding != "fsdp" else []
     return [replace(s, checkpointing=c) for s in (setup, *sharded) for c in sorted({setup.checkpointing, True})]
 
-# %% ../nbs/22_estimate.ipynb #bfa79975
+# %% ../nbs/22_estimate.ipynb #21cd35c6
 def _changed(preset: Preset, changes: dict) -> Preset: return reduce(lambda p, change: override(p, *change), changes.items(), preset)
 
-# %% ../nbs/22_estimate.ipynb #b6531591
+# %% ../nbs/22_estimate.ipynb #ab518550
 def remedy(preset: Preset, stage: str, setup: Setup) -> tuple[dict, Setup] | None:
     "(fields of the preset to change, setup) with which `stage` fits, or None."
     larger = [n for n in (2, 4, 8, 16, 32, 64) if n > setup.processes]
@@ -465,7 +467,7 @@ def remedy(preset: Preset, stage: str, setup: Setup) -> tuple[dict, Setup] | Non
         if changes and estimate(_changed(preset, changes), stage, found.setup).fits: return changes, found.setup
     return None
 
-# %% ../nbs/22_estimate.ipynb #a9ae4d87
+# %% ../nbs/22_estimate.ipynb #5a4caecb
 def in_words(changes: dict, old: Setup, new: Setup) -> str:
     "The settings that differ, as one would write them."
     words = [f"--{field} {value}" for field, value in changes.items()]
@@ -474,10 +476,10 @@ def in_words(changes: dict, old: Setup, new: Setup) -> str:
     if new.processes != old.processes: words.append(f"{new.processes} processes")
     return ", ".join(words)
 
-# %% ../nbs/22_estimate.ipynb #07680123
+# %% ../nbs/22_estimate.ipynb #42066473
 COLUMNS = ("weights", "gradients", "optimiser", "average", "copies", "activations", "other networks", "buffers")
 
-# %% ../nbs/22_estimate.ipynb #8326600c
+# %% ../nbs/22_estimate.ipynb #fb612cef
 def table(estimates: list[Estimate], utilisation: float) -> str:
     "A line for each stage: memory per process by part, work, time."
     unit, name = (GIB, "GiB") if max(e.total for e in estimates) > 4 * GIB else (2**20, "MiB")
@@ -489,7 +491,7 @@ def table(estimates: list[Estimate], utilisation: float) -> str:
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines)
 
-# %% ../nbs/22_estimate.ipynb #a81e32c3
+# %% ../nbs/22_estimate.ipynb #1440d711
 def _verdict(preset: Preset, found: Estimate) -> str:
     "Empty if it fits, else what is wrong and what to do."
     if found.fits: return ""
@@ -497,30 +499,30 @@ def _verdict(preset: Preset, found: Estimate) -> str:
     text = f"{found.stage} needs {found.total / GIB:.1f} GiB, and {setup.device.name} has {USABLE * setup.device.memory / GIB:.1f} GiB to use"
     return f"{text}. It fits with: {in_words(way[0], setup, way[1])}" if way else f"{text}. No setting here makes it fit: use a larger device"
 
-# %% ../nbs/22_estimate.ipynb #e0f1363c
+# %% ../nbs/22_estimate.ipynb #9507832d
 def report(preset: Preset, stages: tuple, setup: Setup, utilisation: float):
     "Print the estimates. Raises `UserError`, naming the cure, if a stage cannot fit."
     spread = f"{setup.processes} x {setup.device.name}, sharding {setup.sharding}"
     print(f"{preset.name} on {spread}, {'bfloat16' if setup.bf16 else 'float32'} compute" + ", checkpointing" * setup.checkpointing)
     estimates = [estimate(preset, stage, setup) for stage in stages]
     print(table(estimates, utilisation))
-    print(f"hours at {100 * utilisation:.0f} % of {setup.device.flops / 1e12:,.1f} TFLOP/s, dense bfloat16")
+    print(f"hours at {100 * utilisation:.0f} % of {setup.device.flops / 1e12:,.1f} TFLOP/s")
     host = max(e.host for e in estimates)
     if setup.gpu and host: print(f"frames of the rollout: {host / GIB:.1f} GiB of host memory per process")
     if "grpo" in stages and setup.processes > 1: print("note: in this version wmpo-train runs in one process")
     wrong = [text for text in (_verdict(preset, e) for e in estimates) if text]
     if wrong: raise UserError("; ".join(wrong))
 
-# %% ../nbs/22_estimate.ipynb #0ef1b940
+# %% ../nbs/22_estimate.ipynb #8db40a3c
 def stages_of(preset: Preset) -> tuple:
-    "The training stages of `preset`; the paper's VAE is downloaded, not trained."
+    "The stages of `preset` that train: not the paper's VAE, which is downloaded, and none of zero steps."
     tiny = preset.name.startswith("tiny")
-    return ("sft", *(("vae_training",) if tiny else ()), "pretraining", "alignment", "reward_training", "grpo")
+    return tuple(stage for stage in BATCHES if (tiny or stage != "vae_training") and getattr(getattr(preset, stage), "steps", 1))
 
-# %% ../nbs/22_estimate.ipynb #2ec09c14
+# %% ../nbs/22_estimate.ipynb #0a952318
 def _bf16(device: Device) -> bool: return device.name != "cpu" or torch.cpu._is_avx512_bf16_supported()     # as `fast_precision` decides
 
-# %% ../nbs/22_estimate.ipynb #479dac6e
+# %% ../nbs/22_estimate.ipynb #f48baef8
 def launched_setup(environment) -> Setup:
     "The setup that the launcher's variables in `environment` (such as `os.environ`) describe, on this device."
     sharding, device = "none", this_device()
@@ -529,7 +531,7 @@ def launched_setup(environment) -> Setup:
     return Setup(device, int(environment.get("WORLD_SIZE", "1")), "none" if sharding == "zero0" else sharding,
                  environment.get("FSDP_ACTIVATION_CHECKPOINTING") == "true", _bf16(device))
 
-# %% ../nbs/22_estimate.ipynb #0d1adc7e
+# %% ../nbs/22_estimate.ipynb #c28eddcf
 def configured_setup(path, device: Device) -> Setup:
     "The setup that accelerate's configuration file `path` describes, on `device`. Raises `UserError` if it cannot be read."
     from accelerate.commands.config.config_args import load_config_from_file
@@ -539,10 +541,10 @@ def configured_setup(path, device: Device) -> Setup:
     checkpointing = bool((config.fsdp_config or {}).get("fsdp_activation_checkpointing", False))
     return Setup(device, config.num_processes, "none" if sharding == "zero0" else sharding, checkpointing, _bf16(device))
 
-# %% ../nbs/22_estimate.ipynb #ffbc3daa
+# %% ../nbs/22_estimate.ipynb #1102a3ae
 COMMANDS = {"wmpo-sft": ("sft",), "wmpo-train-vae": ("vae_training",), "wmpo-train-reward": ("reward_training",), "wmpo-train": ("grpo",)}
 
-# %% ../nbs/22_estimate.ipynb #ee5826af
+# %% ../nbs/22_estimate.ipynb #a1c6f859
 def dry_run(command: str, args, preset: Preset):
     "What `command --dry-run` prints instead of running. Raises `UserError` if the run cannot fit, or if there is nothing to train."
     stages = COMMANDS.get(command, ())
@@ -551,7 +553,7 @@ def dry_run(command: str, args, preset: Preset):
     if not stages: raise UserError(f"{command} trains nothing: there is nothing to estimate")
     report(preset, stages, launched_setup(os.environ), 0.35)
 
-# %% ../nbs/22_estimate.ipynb #34445c51
+# %% ../nbs/22_estimate.ipynb #e4d9ae31
 def _parser() -> argparse.ArgumentParser:
     examples = ("examples:\n  wmpo-estimate\n  wmpo-estimate --preset coffee_128 --device h100 --stage alignment --alignment.batch_size 4\n"
                 "  wmpo-estimate --preset square_1280 --device h100 --processes 32 --sharding fsdp --checkpointing\n"
@@ -568,7 +570,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--utilisation", type=float, default=0.35, metavar="SHARE", help="of the device's peak rate (default: %(default)s)")
     return parser
 
-# %% ../nbs/22_estimate.ipynb #9e554e65
+# %% ../nbs/22_estimate.ipynb #cf887534
 @command
 def main(argv=None):
     "Console script `wmpo-estimate`."
