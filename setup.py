@@ -17,6 +17,13 @@ def lines(name: str) -> list[str]:
     return [line.strip() for line in settings[name].splitlines() if line.strip()]
 
 
+def tested() -> list[str]:
+    "The exact versions, from constraints.txt, of the packages in `requirements`."
+    names = {re.match(r"[\w.-]+", line)[0] for line in lines("requirements")}
+    pins = (root / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return [pin for pin in pins if pin.split("==")[0] in names]
+
+
 setup(
     name=settings["lib_name"],
     version=re.search(r'__version__ = "(.+)"', (root / "wmpo_nb/__init__.py").read_text())[1],
@@ -36,9 +43,9 @@ setup(
     ],
     python_requires=f">={settings['min_python']}",
     packages=["wmpo_nb"],
-    package_data={"wmpo_nb": ["weights/*.safetensors", "weights/*/*.safetensors", "weights/*/*.json"]},
+    package_data={"wmpo_nb": ["weights/*.safetensors", "weights/*/*.safetensors", "weights/*/*.json", "reference_*.npz"]},
     include_package_data=False,
     install_requires=lines("requirements"),
-    extras_require={"dev": lines("dev_requirements")},
+    extras_require={"dev": lines("dev_requirements"), "tested": tested()},
     entry_points={"console_scripts": lines("console_scripts")},
 )

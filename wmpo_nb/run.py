@@ -10,6 +10,7 @@ __all__ = ['atomic_write', 'save_weights', 'load_weights', 'config_of', 'load_me
 import argparse, dataclasses, difflib, errno, functools, json, math, os, pickle, random, shutil, sys, textwrap, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
@@ -591,6 +592,7 @@ def preset_parser(prog: str, description: str, examples: str) -> argparse.Argume
                         help="folder for everything the run makes (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same result (default: 0)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --output from its last checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="say what memory, work and time it would take, and stop")
     return parser
 
 # %% ../nbs/01_run.ipynb #23653817
@@ -610,10 +612,18 @@ def _overrides(rest: list[str], options: list[str]) -> dict:
 
 # %% ../nbs/01_run.ipynb #98cbf60f
 def parse_preset(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> tuple[argparse.Namespace, Preset]:
-    "(arguments, preset with the overrides). Raises `UserError` on an unknown preset, option, field or value."
-    args, rest = parser.parse_known_args(argv)
+    """(arguments, preset with the overrides). Raises `UserError` on an unknown preset, option, field or value.
+
+    `--dry-run` prints the estimate of notebook 22 and raises `SystemExit`; it needs none of the other options."""
+    words = sys.argv[1:] if argv is None else argv
+    if "--dry-run" in words:
+        for action in parser._actions: action.required = False
+    args, rest = parser.parse_known_args(words)
     options = [option for action in parser._actions for option in action.option_strings]
-    return args, load_preset(args.preset, _overrides(rest, options))
+    preset = load_preset(args.preset, _overrides(rest, options))
+    # loaded by name and only when asked: the estimate knows every network, and this room knows none
+    if getattr(args, "dry_run", False): sys.exit(import_module("wmpo_nb.estimate").dry_run(parser.prog, args, preset))
+    return args, preset
 
 # %% ../nbs/01_run.ipynb #764b7219
 # what is wrong with the user's disk is the user's to mend
