@@ -25,11 +25,12 @@ class TaskConfig:
     action_dim: int = 7                                # OSC_POSE deltas (6) and the gripper (1)
     image_size: int = 64                               # height and width of a frame, pixels
     supersample: int = 2                               # render at this multiple, then box-filter
-    camera_position: tuple = (0.33, 0.0, 1.38)         # metres, world frame
-    camera_target: tuple = (-0.045, 0.0, 0.89)        # point the camera looks at, metres
-    camera_fovy: float = 38.0                          # vertical field of view, degrees
-    placement: float = 0.10                            # half width of the square the object starts in, metres
+    camera_position: tuple = (0.46, 0.0, 1.20)         # metres, world frame
+    camera_target: tuple = (0.0, 0.0, 0.87)            # point the camera looks at, metres
+    camera_fovy: float = 32.0                          # vertical field of view, degrees
+    placement: float = 0.08                            # half width of the square the object starts in, metres
     turn: float = 0.0                                  # largest yaw the object starts with, radians (pi: any, as in robosuite's own Lift)
+    start_noise: float = 0.0                           # standard deviation of the arm's joints at the start, radians (0.02 in robosuite: unseen by a camera, so a dream cannot know it)
     idle_steps: int = 5                                # zero actions after reset, before the first frame
 
     @property
@@ -180,6 +181,7 @@ class WorldModelTrainConfig:
     decay_steps: int = 1400                            # linear cool-down to zero over the last steps
     ema: float = 0.999
     grad_clip: float = 1.0
+    chunk_starts: float = 0.5                          # share of windows that begin where a dream's chunks do (0: all begin anywhere, as upstream)
     replay_share: float = 0.0                          # share of each batch drawn from the pre-training data (alignment only)
     compile: bool = False                              # let torch.compile fuse the network: minutes of warm-up, then faster (needs a C++ compiler)
     log_every: int = 25
@@ -303,7 +305,7 @@ def _paper_policy() -> PolicyConfig:
 def _paper_training() -> dict:
     "Optimiser settings of the released configuration (references 1.1 and 5)."
     flow = WorldModelTrainConfig(steps=10_000, batch_size=128, optimizer="adamw", learning_rate=1e-4, ema=0.99,
-                                 warmup_steps=1000, decay_steps=0, checkpoint_every=1000)
+                                 warmup_steps=1000, decay_steps=0, chunk_starts=0.0, checkpoint_every=1000)
     return dict(
         pretraining=flow, alignment=flow,
         sft=SFTConfig(demonstrations=300, steps=150_000, batch_size=64, optimizer="adamw", learning_rate=5e-4,
@@ -318,7 +320,7 @@ def _paper_preset(task: str, budget: int) -> Preset:
     horizon, threshold, instruction = PAPER_TASKS[task]
     return Preset(
         name=f"{task}_{budget}",
-        task=TaskConfig(name=task, instruction=instruction, horizon=horizon, control_hz=20, image_size=256, supersample=1, idle_steps=10),
+        task=TaskConfig(name=task, instruction=instruction, horizon=horizon, control_hz=20, start_noise=0.02, image_size=256, supersample=1, idle_steps=10),
         vae=VAEConfig(latent_channels=4, block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32,
                       scaling_factor=0.13025, mid_block_add_attention=True, micro_batch_size=64),
         stdit=STDiTConfig(depth=28, hidden_size=1152, num_heads=16, in_channels=4, patch_size=(1, 2, 2), context_timestep=15.0, text_weights=True,
