@@ -127,21 +127,21 @@ class RewardConfig:
 class CollectConfig:
     "Real trajectories: the budget P and how the policy acts while collecting."
     trajectories: int = 128                            # P
-    temperature: float = 1.6                           # sampling temperature of the action tokens
+    temperature: float = 1.0                           # sampling temperature of the action tokens
 
 # %% ../nbs/00_presets.ipynb #5b2489cb
 @dataclass(frozen=True)
 class SFTConfig:
     "Behaviour cloning of the base policy on scripted demonstrations."
     demonstrations: int = 200
-    steps: int = 4500
+    steps: int = 1500
     batch_size: int = 16
     learning_rate: float = 1e-3
     optimizer: str = "muon"                            # "muon" (block matrices; AdamW on the rest) or "adamw"
     muon_learning_rate: float = 0.01
     weight_decay: float = 0.01
     warmup_steps: int = 100
-    decay_steps: int = 1200                            # linear cool-down to zero over the last steps
+    decay_steps: int = 600                             # linear cool-down to zero over the last steps
     ema: float = 0.995                                 # average of the weights that becomes the policy
     label_sigma: float = 3.0                           # Gaussian smoothing of the 256-bin targets, bins (0: plain one-hot)
     image_shift: int = 2                               # random translation, pixels
@@ -171,14 +171,14 @@ class VAETrainConfig:
 @dataclass(frozen=True)
 class WorldModelTrainConfig:
     "World-model optimisation; used for pre-training and, with fewer steps, for alignment."
-    steps: int = 3400
+    steps: int = 5000
     batch_size: int = 32                               # windows of context + chunk frames
     optimizer: str = "muon"                            # "muon" (block matrices; AdamW on the rest) or "adamw" (the paper)
     learning_rate: float = 4e-3                        # of AdamW's share
     muon_learning_rate: float = 0.05
     weight_decay: float = 0.0
     warmup_steps: int = 100
-    decay_steps: int = 1400                            # linear cool-down to zero over the last steps
+    decay_steps: int = 1600                            # linear cool-down to zero over the last steps
     ema: float = 0.999
     grad_clip: float = 1.0
     chunk_starts: float = 0.5                          # share of windows that begin where a dream's chunks do (0: all begin anywhere, as upstream)
@@ -269,7 +269,7 @@ class Preset:
     vae_training: VAETrainConfig = field(default_factory=VAETrainConfig)
     pretraining: WorldModelTrainConfig = field(default_factory=WorldModelTrainConfig)
     alignment: WorldModelTrainConfig = field(default_factory=_tiny_alignment)
-    reward_pretraining: RewardTrainConfig = field(default_factory=lambda: RewardTrainConfig(steps=1000, decay_steps=400))
+    reward_pretraining: RewardTrainConfig = field(default_factory=lambda: RewardTrainConfig(steps=800, decay_steps=300))
     reward_training: RewardTrainConfig = field(default_factory=lambda: RewardTrainConfig(steps=300, learning_rate=2e-4, decay_steps=150))
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
