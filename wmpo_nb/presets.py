@@ -171,14 +171,14 @@ class VAETrainConfig:
 @dataclass(frozen=True)
 class WorldModelTrainConfig:
     "World-model optimisation; used for pre-training and, with fewer steps, for alignment."
-    steps: int = 5000
+    steps: int = 4400
     batch_size: int = 32                               # windows of context + chunk frames
     optimizer: str = "muon"                            # "muon" (block matrices; AdamW on the rest) or "adamw" (the paper)
     learning_rate: float = 4e-3                        # of AdamW's share
     muon_learning_rate: float = 0.05
     weight_decay: float = 0.0
     warmup_steps: int = 100
-    decay_steps: int = 1600                            # linear cool-down to zero over the last steps
+    decay_steps: int = 1400                            # linear cool-down to zero over the last steps
     ema: float = 0.999
     grad_clip: float = 1.0
     chunk_starts: float = 0.5                          # share of windows that begin where a dream's chunks do (0: all begin anywhere, as upstream)
@@ -215,7 +215,7 @@ class RewardTrainConfig:
 @dataclass(frozen=True)
 class GRPOConfig:
     "Group relative policy optimisation (paper, eq. 3 to 5 and Table 4)."
-    iterations: int = 12
+    iterations: int = 20
     group_size: int = 8                                # G
     groups: int = 8                                    # informative groups per iteration
     max_draws: int = 2                                 # rounds of `groups` fresh states before an iteration settles for fewer
@@ -250,7 +250,7 @@ class PretrainDataConfig:
 # %% ../nbs/00_presets.ipynb #674b58f6
 def _tiny_alignment() -> WorldModelTrainConfig:
     "Fewer and smaller steps than pre-training: the model is to be adjusted, not replaced."
-    return WorldModelTrainConfig(steps=200, learning_rate=1e-3, muon_learning_rate=0.02, warmup_steps=20, decay_steps=150)
+    return WorldModelTrainConfig(steps=200, learning_rate=3e-4, muon_learning_rate=0.006, warmup_steps=20, decay_steps=150)
 
 # %% ../nbs/00_presets.ipynb #81cf19dc
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ class Preset:
     pretraining: WorldModelTrainConfig = field(default_factory=WorldModelTrainConfig)
     alignment: WorldModelTrainConfig = field(default_factory=_tiny_alignment)
     reward_pretraining: RewardTrainConfig = field(default_factory=lambda: RewardTrainConfig(steps=800, decay_steps=300))
-    reward_training: RewardTrainConfig = field(default_factory=lambda: RewardTrainConfig(steps=300, learning_rate=2e-4, decay_steps=150))
+    reward_training: RewardTrainConfig = field(default_factory=lambda: RewardTrainConfig(steps=0, learning_rate=2e-4, decay_steps=150))
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
