@@ -49,6 +49,6 @@ def test_joined_windows_are_drawn_by_their_number():
     class Source:
         def __init__(self, value, count): self.value, self.count = value, count
         def __len__(self): return self.count
-        def sample(self, generator, n): return torch.full((n, 1), self.value), torch.full((n, 1), self.value)
+        def sample(self, generator, n, chunk_starts): return torch.full((n, 1), self.value), torch.full((n, 1), self.value)
     first, second = JoinedWindows([Source(0.0, 900), Source(1.0, 100)]).sample(torch.Generator().manual_seed(0), 4000)
     assert torch.equal(first, second) and abs(first.mean().item() - 0.1) < 0.02

@@ -242,7 +242,7 @@ def test_saved_and_loaded(tmp_path):
 def test_command(tmp_path, capsys):
     write_shard(tmp_path / "data/a.tar", trials(size=16))
     argv = ["--data", str(tmp_path / "data"), "--output", str(tmp_path / "run"), "--reward.image_size", "16",
-            "--reward.patch_size", "8", "--reward.num_layers", "1", "--reward_training.steps", "2"]
+            "--reward.patch_size", "8", "--reward.num_layers", "1", "--reward_pretraining.steps", "2"]
     assert main(argv) == 0 and "f1" in capsys.readouterr().out
     assert load_reward(tmp_path / "run/reward.safetensors").config.num_layers == 1
     assert main(argv) == 2 and "--resume" in capsys.readouterr().err

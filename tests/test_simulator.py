@@ -1,6 +1,7 @@
 "The real simulator: exact replay, determinism, experts, and the protocol."
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,6 +26,15 @@ def run(env, actions):
 
 def same(a, b): return all(np.array_equal(np.concatenate([np.ravel(x) for x in (p if isinstance(p, tuple) else (p,))]),
                                           np.concatenate([np.ravel(x) for x in (q if isinstance(q, tuple) else (q,))])) for p, q in zip(a, b))
+
+
+@pytest.mark.parametrize("noise, alike", [(0.0, True), (0.02, False)])
+def test_start_noise_moves_the_arm(noise, alike):
+    env, poses = Environment(replace(TASK, start_noise=noise)), []
+    for seed in (1, 2):
+        env.reset(seed)
+        poses.append(env.data.qpos[env.robot._ref_joint_pos_indexes].copy())
+    assert np.array_equal(*poses) == alike
 
 
 def test_snapshot_replays_exactly_through_contact(env):

@@ -6,6 +6,7 @@ __all__ = ['LatentWindows', 'encode_windows', 'mix', 'make_world_model', 'align'
 
 # %% ../nbs/10_alignment.ipynb #6d06db00
 from dataclasses import asdict
+from functools import partial
 from typing import Callable
 
 # %% ../nbs/10_alignment.ipynb #2b712683
@@ -23,11 +24,13 @@ from .world_model import WorldModel, train_world_model
 # %% ../nbs/10_alignment.ipynb #c12c0f20
 class LatentWindows:
     """All windows of encoded trajectories. `sample(generator, count)` -> latents [count, C, c + K, h, w] and actions [count, K, 7],
-    normalised. A window is drawn uniformly among all whose chunk was really executed (reference 2.3)."""
+    normalised. A window is drawn uniformly among all whose chunk was really executed (reference 2.3), but the share `chunk_starts`
+    only among those that begin at a multiple of the chunk, as all do in a dream."""
     def __init__(self, latents, actions_n, length, context: int = 4, chunk: int = 8):
         self.latents, self.actions_n = latents, actions_n         # half [B, T+1, C, h, w], float32 [B, T, 7]
         self.context, self.chunk = context, chunk
         self.pairs = window_starts(length, chunk)
+        self.aligned = self.pairs[self.pairs[:, 1] % chunk == 0]
 
     def __len__(self): return len(self.pairs)
 
@@ -38,8 +41,10 @@ class LatentWindows:
         latents = self.latents[b[:, None], frames].float().transpose(1, 2)
         return latents, self.actions_n[b[:, None], s[:, None] + torch.arange(self.chunk)]
 
-    def sample(self, generator: torch.Generator, count: int):
-        return self.at(self.pairs[torch.randint(len(self.pairs), (count,), generator=generator)])
+    def sample(self, generator: torch.Generator, count: int, chunk_starts: float = 0.0):
+        draw = lambda pairs, n: pairs[torch.randint(len(pairs), (n,), generator=generator)]
+        aligned = round(count * chunk_starts)
+        return self.at(torch.cat([draw(self.pairs, count - aligned), draw(self.aligned, aligned)]))
 
 # %% ../nbs/10_alignment.ipynb #e89c83cf
 @torch.no_grad()
@@ -68,7 +73,8 @@ def align(world_model: WorldModel, windows: LatentWindows, config: WorldModelTra
           checkpointer: Checkpointer | None = None, log: Callable | None = None) -> WorldModel:
     "Fine-tune on the policy's own windows (paper, section 3.2); `replay` supplies the `config.replay_share` of other windows."
     if config.replay_share and replay is None: raise UserError("alignment.replay_share is set, but there is no pre-training data here")
-    sample = mix(windows.sample, replay, config.replay_share) if config.replay_share else windows.sample
+    sample = partial(windows.sample, chunk_starts=config.chunk_starts)
+    if config.replay_share: sample = mix(sample, replay, config.replay_share)
     return train_world_model(world_model, sample, config, seed=seed, checkpointer=checkpointer, log=log)
 
 # %% ../nbs/10_alignment.ipynb #bcbe251f

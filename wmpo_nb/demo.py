@@ -70,7 +70,7 @@ def align_world_model(run: Run, parts: Parts, batch: TrajectoryBatch):
 
 # %% ../nbs/19_demo.ipynb #21043fc3
 def fit_reward(run: Run, parts: Parts, batch: TrajectoryBatch):
-    "The success classifier, fine-tuned on the same trajectories as a dream would show them: through the VAE."
+    "The success classifier, fitted to the same trajectories as a dream would show them, through the VAE; its threshold at least."
     path, config = run.folder / "reward.safetensors", run.preset.reward_training
     if not run.is_done("reward"):
         with run.stage("reward"):
@@ -164,7 +164,7 @@ def make_record(run: Run, command_line: str, fast: bool, evaluations: dict, rewa
             "versions": versions | {"python": platform.python_version()}, "caveats": closed}
 
 # %% ../nbs/19_demo.ipynb #4072b089
-FAST = {"collect.trajectories": 32, "alignment.steps": 60, "reward_training.steps": 60, "grpo.iterations": 2, "grpo.groups": 4,
+FAST = {"collect.trajectories": 32, "alignment.steps": 60, "grpo.iterations": 2, "grpo.groups": 4,
         "grpo.max_draws": 1, "evaluation.states": 24, "evaluation.held_out": 16}
 
 # %% ../nbs/19_demo.ipynb #d4d53692

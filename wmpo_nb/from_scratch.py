@@ -7,6 +7,7 @@ __all__ = ['make_demonstrations', 'make_pretraining_data', 'train_base_policy', 
 
 # %% ../nbs/17_from_scratch.ipynb #03a70a5c
 import math
+from functools import partial
 from pathlib import Path
 
 # %% ../nbs/17_from_scratch.ipynb #b4c460f2
@@ -104,9 +105,9 @@ class JoinedWindows:
     def __init__(self, parts: list[LatentWindows]):
         self.parts, self.weights = parts, torch.tensor([float(len(p)) for p in parts])
 
-    def sample(self, generator: torch.Generator, count: int):
+    def sample(self, generator: torch.Generator, count: int, chunk_starts: float = 0.0):
         share = torch.multinomial(self.weights, count, replacement=True, generator=generator).bincount(minlength=len(self.parts))
-        drawn = [part.sample(generator, n) for part, n in zip(self.parts, share.tolist()) if n]
+        drawn = [part.sample(generator, n, chunk_starts) for part, n in zip(self.parts, share.tolist()) if n]
         return tuple(torch.cat(column) for column in zip(*drawn))
 
 # %% ../nbs/17_from_scratch.ipynb #131a2664
@@ -120,8 +121,9 @@ def pretrain_world_model(run: Run, preset: Preset, vae: VAE) -> WorldModel:
     "Flow matching on windows of every task: the stand-in for OXE pre-training."
     torch.manual_seed(run.seed)
     world_model, windows = make_world_model(preset), pretraining_windows(run, preset, vae)
+    sample = partial(windows.sample, chunk_starts=preset.pretraining.chunk_starts)
     with run.stage("pretraining"):
-        train_world_model(world_model, windows.sample, preset.pretraining, seed=run.seed, log=stage_log(run, "pretraining"),
+        train_world_model(world_model, sample, preset.pretraining, seed=run.seed, log=stage_log(run, "pretraining"),
                           checkpointer=stage_checkpoints(run, "pretraining", preset.pretraining))
     save_world_model(weights_folder(run) / "world_model.safetensors", world_model, dtype=torch.bfloat16)
     return world_model

@@ -25,11 +25,12 @@ class TaskConfig:
     action_dim: int = 7                                # OSC_POSE deltas (6) and the gripper (1)
     image_size: int = 64                               # height and width of a frame, pixels
     supersample: int = 2                               # render at this multiple, then box-filter
-    camera_position: tuple = (0.33, 0.0, 1.38)         # metres, world frame
-    camera_target: tuple = (-0.045, 0.0, 0.89)        # point the camera looks at, metres
-    camera_fovy: float = 38.0                          # vertical field of view, degrees
-    placement: float = 0.10                            # half width of the square the object starts in, metres
+    camera_position: tuple = (0.46, 0.0, 1.20)         # metres, world frame
+    camera_target: tuple = (0.0, 0.0, 0.87)            # point the camera looks at, metres
+    camera_fovy: float = 32.0                          # vertical field of view, degrees
+    placement: float = 0.08                            # half width of the square the object starts in, metres
     turn: float = 0.0                                  # largest yaw the object starts with, radians (pi: any, as in robosuite's own Lift)
+    start_noise: float = 0.0                           # standard deviation of the arm's joints at the start, radians (0.02 in robosuite: unseen by a camera, so a dream cannot know it)
     idle_steps: int = 5                                # zero actions after reset, before the first frame
 
     @property
@@ -126,21 +127,21 @@ class RewardConfig:
 class CollectConfig:
     "Real trajectories: the budget P and how the policy acts while collecting."
     trajectories: int = 128                            # P
-    temperature: float = 1.6                           # sampling temperature of the action tokens
+    temperature: float = 1.0                           # sampling temperature of the action tokens
 
 # %% ../nbs/00_presets.ipynb #5b2489cb
 @dataclass(frozen=True)
 class SFTConfig:
     "Behaviour cloning of the base policy on scripted demonstrations."
     demonstrations: int = 200
-    steps: int = 4500
+    steps: int = 1500
     batch_size: int = 16
     learning_rate: float = 1e-3
     optimizer: str = "muon"                            # "muon" (block matrices; AdamW on the rest) or "adamw"
     muon_learning_rate: float = 0.01
     weight_decay: float = 0.01
     warmup_steps: int = 100
-    decay_steps: int = 1200                            # linear cool-down to zero over the last steps
+    decay_steps: int = 600                             # linear cool-down to zero over the last steps
     ema: float = 0.995                                 # average of the weights that becomes the policy
     label_sigma: float = 3.0                           # Gaussian smoothing of the 256-bin targets, bins (0: plain one-hot)
     image_shift: int = 2                               # random translation, pixels
@@ -170,7 +171,7 @@ class VAETrainConfig:
 @dataclass(frozen=True)
 class WorldModelTrainConfig:
     "World-model optimisation; used for pre-training and, with fewer steps, for alignment."
-    steps: int = 3400
+    steps: int = 4400
     batch_size: int = 32                               # windows of context + chunk frames
     optimizer: str = "muon"                            # "muon" (block matrices; AdamW on the rest) or "adamw" (the paper)
     learning_rate: float = 4e-3                        # of AdamW's share
@@ -180,6 +181,7 @@ class WorldModelTrainConfig:
     decay_steps: int = 1400                            # linear cool-down to zero over the last steps
     ema: float = 0.999
     grad_clip: float = 1.0
+    chunk_starts: float = 0.5                          # share of windows that begin where a dream's chunks do (0: all begin anywhere, as upstream)
     replay_share: float = 0.0                          # share of each batch drawn from the pre-training data (alignment only)
     compile: bool = False                              # let torch.compile fuse the network: minutes of warm-up, then faster (needs a C++ compiler)
     log_every: int = 25
@@ -213,7 +215,7 @@ class RewardTrainConfig:
 @dataclass(frozen=True)
 class GRPOConfig:
     "Group relative policy optimisation (paper, eq. 3 to 5 and Table 4)."
-    iterations: int = 12
+    iterations: int = 20
     group_size: int = 8                                # G
     groups: int = 8                                    # informative groups per iteration
     max_draws: int = 2                                 # rounds of `groups` fresh states before an iteration settles for fewer
@@ -248,7 +250,7 @@ class PretrainDataConfig:
 # %% ../nbs/00_presets.ipynb #674b58f6
 def _tiny_alignment() -> WorldModelTrainConfig:
     "Fewer and smaller steps than pre-training: the model is to be adjusted, not replaced."
-    return WorldModelTrainConfig(steps=200, learning_rate=1e-3, muon_learning_rate=0.02, warmup_steps=20, decay_steps=150)
+    return WorldModelTrainConfig(steps=200, learning_rate=3e-4, muon_learning_rate=0.006, warmup_steps=20, decay_steps=150)
 
 # %% ../nbs/00_presets.ipynb #81cf19dc
 @dataclass(frozen=True)
@@ -267,8 +269,8 @@ class Preset:
     vae_training: VAETrainConfig = field(default_factory=VAETrainConfig)
     pretraining: WorldModelTrainConfig = field(default_factory=WorldModelTrainConfig)
     alignment: WorldModelTrainConfig = field(default_factory=_tiny_alignment)
-    reward_pretraining: RewardTrainConfig = field(default_factory=lambda: RewardTrainConfig(steps=1000, decay_steps=400))
-    reward_training: RewardTrainConfig = field(default_factory=lambda: RewardTrainConfig(steps=300, learning_rate=2e-4, decay_steps=150))
+    reward_pretraining: RewardTrainConfig = field(default_factory=lambda: RewardTrainConfig(steps=800, decay_steps=300))
+    reward_training: RewardTrainConfig = field(default_factory=lambda: RewardTrainConfig(steps=0, learning_rate=2e-4, decay_steps=150))
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
@@ -303,7 +305,7 @@ def _paper_policy() -> PolicyConfig:
 def _paper_training() -> dict:
     "Optimiser settings of the released configuration (references 1.1 and 5)."
     flow = WorldModelTrainConfig(steps=10_000, batch_size=128, optimizer="adamw", learning_rate=1e-4, ema=0.99,
-                                 warmup_steps=1000, decay_steps=0, checkpoint_every=1000)
+                                 warmup_steps=1000, decay_steps=0, chunk_starts=0.0, checkpoint_every=1000)
     return dict(
         pretraining=flow, alignment=flow,
         sft=SFTConfig(demonstrations=300, steps=150_000, batch_size=64, optimizer="adamw", learning_rate=5e-4,
@@ -318,7 +320,7 @@ def _paper_preset(task: str, budget: int) -> Preset:
     horizon, threshold, instruction = PAPER_TASKS[task]
     return Preset(
         name=f"{task}_{budget}",
-        task=TaskConfig(name=task, instruction=instruction, horizon=horizon, control_hz=20, image_size=256, supersample=1, idle_steps=10),
+        task=TaskConfig(name=task, instruction=instruction, horizon=horizon, control_hz=20, start_noise=0.02, image_size=256, supersample=1, idle_steps=10),
         vae=VAEConfig(latent_channels=4, block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32,
                       scaling_factor=0.13025, mid_block_add_attention=True, micro_batch_size=64),
         stdit=STDiTConfig(depth=28, hidden_size=1152, num_heads=16, in_channels=4, patch_size=(1, 2, 2), context_timestep=15.0, text_weights=True,

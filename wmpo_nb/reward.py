@@ -275,8 +275,13 @@ def train_reward(classifier: SuccessClassifier, batch: TrajectoryBatch, config: 
     """Train on a share of the trajectories, set the threshold on the others; returns the classifier with averaged weights.
 
     `batch.frames` should have passed the VAE, as dreams do. `classifier.metrics` holds f1, precision, recall, threshold and
-    finish_error of the held-out trajectories. Raises `UserError` if the data lack successes or anything else."""
+    finish_error of the held-out trajectories. With `config.steps` 0 nothing is trained, so all of them set the threshold.
+    Raises `UserError` if the data lack successes or anything else."""
     from accelerate import Accelerator
+    if not config.steps:
+        checked_pools(batch, config, classifier.config.clip_length)
+        classifier.eval().metrics = calibrate(classifier, batch)
+        return classifier
     accelerator, generator = Accelerator(), torch.Generator().manual_seed(seed)
     training, held_out = (batch[part] for part in split_trajectories(len(batch), config.held_out_share, generator))
     pools = checked_pools(training, config, classifier.config.clip_length)
@@ -336,17 +341,19 @@ def main(argv=None):
     from wmpo_nb.vae import load_vae, reconstruct_batch
     parser = preset_parser("wmpo-train-reward", "Train the success classifier on real trajectories, seen through the VAE.",
                            "wmpo-train-reward --preset tiny_lift --data runs/collect --vae runs/vae/vae.safetensors --output runs/reward\n"
-                           "wmpo-train-reward --data runs/collect --output runs/reward --resume")
+                           "wmpo-train-reward --data runs/collect --vae vae.safetensors --start reward.safetensors --output runs/reward")
     parser.add_argument("--data", required=True, metavar="DIR", help="folder of trajectories (*.tar), from wmpo-collect")
     parser.add_argument("--vae", metavar="FILE", help="pass the frames through this VAE first, as dreams are (recommended)")
+    parser.add_argument("--start", metavar="FILE", help="fine-tune these weights; without it training starts from random ones")
     args, preset = parse_preset(parser, argv)
-    batch = read_shards(args.data)
+    config = preset.reward_training if args.start or not preset.reward_pretraining.steps else preset.reward_pretraining
+    torch.manual_seed(args.seed)
+    classifier, batch = load_reward(args.start) if args.start else SuccessClassifier(preset.reward), read_shards(args.data)
     if args.vae: batch = reconstruct_batch(load_vae(args.vae), batch)
     run = Run(args.output, preset, "wmpo-train-reward", args.seed, args.resume)
-    torch.manual_seed(args.seed)
     with run.stage("reward"):
-        classifier = train_reward(SuccessClassifier(preset.reward), batch, preset.reward_training, seed=args.seed,
-                                  checkpointer=Checkpointer(run.folder / "checkpoints", preset.reward_training.checkpoint_every),
+        classifier = train_reward(classifier, batch, config, seed=args.seed,
+                                  checkpointer=Checkpointer(run.folder / "checkpoints", config.checkpoint_every),
                                   log=lambda step, **numbers: run.log("reward", step, **numbers))
     save_reward(run.folder / "reward.safetensors", classifier)
     print(f"{run.folder / 'reward.safetensors'}: " + ", ".join(f"{k} {v:.3f}" for k, v in classifier.metrics.items()))

@@ -110,7 +110,8 @@ def _make_robosuite(task: TaskConfig):
     np.random.seed(0)      # robosuite draws the cubes' exact size when the environment is made: every worker must draw the same
     env = robosuite.make(
         TASKS[task.name].environment, robots="Panda", controller_configs=load_controller_config(default_controller="OSC_POSE"),
-        placement_initializer=sampler, has_renderer=False, has_offscreen_renderer=False, use_camera_obs=False, use_object_obs=False,
+        placement_initializer=sampler, initialization_noise={"type": "gaussian", "magnitude": task.start_noise},
+        has_renderer=False, has_offscreen_renderer=False, use_camera_obs=False, use_object_obs=False,
         horizon=10**9, ignore_done=True, control_freq=task.control_hz, hard_reset=False)
     for name in env.observation_names: env.modify_observable(name, "enabled", False)
     return env
