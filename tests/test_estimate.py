@@ -1,6 +1,7 @@
 "The estimate: against what real steps allocate, against arithmetic, and what it says when a run cannot fit."
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -256,8 +257,15 @@ def test_dry_run_of_what_trains_nothing(capsys):
 
 
 def test_dry_run_knows_every_training_command():
-    for command, field in (("wmpo-train", "grpo"), ("wmpo-sft", "sft"), ("wmpo-train-reward", "reward_training"), ("wmpo-train-vae", "vae_training")):
+    for command, field in (("wmpo-train", "grpo"), ("wmpo-sft", "sft"), ("wmpo-train-vae", "vae_training")):
         assert module.COMMANDS[command] == (field,) and hasattr(TINY, field)
+
+
+@pytest.mark.parametrize("words, stage", [([], "reward_pretraining"), (["--start", "a.safetensors"], "reward_training")])
+def test_dry_run_of_the_judge(words, stage, capsys):
+    from wmpo_nb.reward import main as train_reward
+    with pytest.raises(SystemExit): train_reward(["--dry-run", "--reward_training.steps", "5", *words])
+    assert re.search(rf"\b{stage}\b", capsys.readouterr().out)
 
 
 def test_setup_of_a_launch():

@@ -545,13 +545,14 @@ def configured_setup(path, device: Device) -> Setup:
     return Setup(device, config.num_processes, "none" if sharding == "zero0" else sharding, checkpointing, _bf16(device))
 
 # %% ../nbs/22_estimate.ipynb #1102a3ae
-COMMANDS = {"wmpo-sft": ("sft",), "wmpo-train-vae": ("vae_training",), "wmpo-train-reward": ("reward_training",), "wmpo-train": ("grpo",)}
+COMMANDS = {"wmpo-sft": ("sft",), "wmpo-train-vae": ("vae_training",), "wmpo-train": ("grpo",)}
 
 # %% ../nbs/22_estimate.ipynb #a1c6f859
 def dry_run(command: str, args, preset: Preset):
     "What `command --dry-run` prints instead of running. Raises `UserError` if the run cannot fit, or if there is nothing to train."
     stages = COMMANDS.get(command, ())
-    if command == "wmpo-demo": stages = stages_of(preset) if args.from_scratch else ("alignment", "reward_training", "grpo")
+    if command == "wmpo-demo": stages = [s for s in stages_of(preset) if args.from_scratch or s in ("alignment", "reward_training", "grpo")]
+    if command == "wmpo-train-reward": stages = ("reward_training" if args.start or not preset.reward_pretraining.steps else "reward_pretraining",)
     if command == "wmpo-train-world-model": stages = ("alignment",) if args.align else ("pretraining",)
     if getattr(args, "world", "dream") == "simulator": raise UserError("the estimate knows GRPO in the dream: leave out --world simulator")
     if not stages: raise UserError(f"{command} trains nothing: there is nothing to estimate")
