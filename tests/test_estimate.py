@@ -183,7 +183,7 @@ def test_work_at_real_size_is_the_reference_s():
     assert abs(step.flops / (3 * 5.6e12) - 1) < 0.05
     recomputed = step_of(paper, "alignment", bf16=True, gpu=True, checkpointing=True)
     assert abs(recomputed.flops / (4 * 5.6e12) - 1) < 0.05
-    assert max(recomputed.curve)[0] < max(step.curve)[0] / 5
+    assert max(recomputed.curve)[0] < 0.8 * max(step.curve)[0]
 
 
 STEP = Step(weights=4000, casts=2000, gradients=4000, optimiser=8000, average=4000, curve=((900, 0), (100, 4000)), flops=1, unit=100)

@@ -9,8 +9,8 @@ from wmpo_nb.presets import load_preset
 from wmpo_nb.run import Run
 from wmpo_nb.trajectory import read_shards
 
-SMALL = {"sft.demonstrations": 4, "sft.steps": 3, "pretrain_data.demonstrations": 6, "pretrain_data.near_misses": 4, "pretrain_data.play": 2,
-         "vae_training.steps": 3, "pretraining.steps": 3, "reward_pretraining.steps": 3}
+SMALL = {"pretrain_data.tasks": '["lift", "stack"]', "sft.demonstrations": 4, "sft.steps": 3, "pretrain_data.demonstrations": 6,
+         "pretrain_data.near_misses": 4, "pretrain_data.play": 2, "vae_training.steps": 3, "pretraining.steps": 3, "reward_pretraining.steps": 3}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_data_come_from_several_tasks_and_the_right_seeds(scratch):
     folder, preset, _ = scratch
     lift, stack = (read_shards(folder / "data/pretraining" / task) for task in ("lift", "stack"))
     assert len(lift) == 12 and len(stack) == 2 + 1 + 1
-    assert lift.frames.shape[1] == 65 and stack.frames.shape[1] == 97
+    assert lift.frames.shape[1] == 33 and stack.frames.shape[1] == 49
     assert not set(lift.state_id.tolist()) & set(stack.state_id.tolist())
     assert all(2_000_000 <= s < 3_000_000 for s in lift.state_id.tolist() + stack.state_id.tolist())
     assert all(1_000_000 <= s < 2_000_000 for s in read_shards(folder / "data/demonstrations").state_id.tolist())

@@ -452,6 +452,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'wmpo_nb.reward.SuccessClassifier.__init__': ( 'reward.html#successclassifier.__init__',
                                                                                'wmpo_nb/reward.py'),
                                 'wmpo_nb.reward.SuccessClassifier.forward': ('reward.html#successclassifier.forward', 'wmpo_nb/reward.py'),
+                                'wmpo_nb.reward._fit': ('reward.html#_fit', 'wmpo_nb/reward.py'),
                                 'wmpo_nb.reward.augment': ('reward.html#augment', 'wmpo_nb/reward.py'),
                                 'wmpo_nb.reward.block_named': ('reward.html#block_named', 'wmpo_nb/reward.py'),
                                 'wmpo_nb.reward.calibrate': ('reward.html#calibrate', 'wmpo_nb/reward.py'),

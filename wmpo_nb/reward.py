@@ -270,6 +270,23 @@ def clip_loss(model, classifier: SuccessClassifier, batch: TrajectoryBatch, pool
     return F.cross_entropy(logits, labels), (logits.argmax(1) == labels).float().mean()
 
 # %% ../nbs/11_reward.ipynb #0c7ef850
+def _fit(classifier: SuccessClassifier, batch: TrajectoryBatch, pools: dict, config: RewardTrainConfig, seed: int, checkpointer, log):
+    "The training loop; the classifier gets the averaged weights."
+    from accelerate import Accelerator
+    accelerator = Accelerator()
+    generator = torch.Generator().manual_seed(seed + accelerator.process_index)
+    model, optimizer = accelerator.prepare(classifier.train(), make_optimizer(block_named(classifier), config))
+    ema, start = EMA(classifier, config.ema), 0
+    if checkpointer: start = checkpointer.register(reward=classifier, optimizer=optimizer, ema=ema, generator=generator).restore()
+    for step in progress(config.steps, "reward", start):
+        loss, accuracy = clip_loss(model, classifier, batch, pools, config, generator)
+        norm = optimizer_step(accelerator, loss, model, optimizer, step, config, checkpointer)
+        ema.update(classifier)
+        if log and step % config.log_every == 0: log(step, loss=loss.item(), accuracy=accuracy.item(), gradient_norm=norm)
+        if checkpointer: checkpointer.maybe_save(step + 1)
+    ema.copy_to(classifier)
+
+# %% ../nbs/11_reward.ipynb #f08f6922
 def train_reward(classifier: SuccessClassifier, batch: TrajectoryBatch, config: RewardTrainConfig, *, seed: int = 0,
                  checkpointer=None, log=None) -> SuccessClassifier:
     """Train on a share of the trajectories, set the threshold on the others; returns the classifier with averaged weights.
@@ -277,25 +294,10 @@ def train_reward(classifier: SuccessClassifier, batch: TrajectoryBatch, config: 
     `batch.frames` should have passed the VAE, as dreams do. `classifier.metrics` holds f1, precision, recall, threshold and
     finish_error of the held-out trajectories. With `config.steps` 0 nothing is trained, so all of them set the threshold.
     Raises `UserError` if the data lack successes or anything else."""
-    from accelerate import Accelerator
-    if not config.steps:
-        checked_pools(batch, config, classifier.config.clip_length)
-        classifier.eval().metrics = calibrate(classifier, batch)
-        return classifier
-    accelerator, generator = Accelerator(), torch.Generator().manual_seed(seed)
-    training, held_out = (batch[part] for part in split_trajectories(len(batch), config.held_out_share, generator))
+    parts = split_trajectories(len(batch), config.held_out_share, torch.Generator().manual_seed(seed))
+    training, held_out = (batch[part] for part in parts) if config.steps else (batch, batch)
     pools = checked_pools(training, config, classifier.config.clip_length)
-    generator.manual_seed(seed + accelerator.process_index)
-    model, optimizer = accelerator.prepare(classifier.train(), make_optimizer(block_named(classifier), config))
-    ema, start = EMA(classifier, config.ema), 0
-    if checkpointer: start = checkpointer.register(reward=classifier, optimizer=optimizer, ema=ema, generator=generator).restore()
-    for step in progress(config.steps, "reward", start):
-        loss, accuracy = clip_loss(model, classifier, training, pools, config, generator)
-        norm = optimizer_step(accelerator, loss, model, optimizer, step, config, checkpointer)
-        ema.update(classifier)
-        if log and step % config.log_every == 0: log(step, loss=loss.item(), accuracy=accuracy.item(), gradient_norm=norm)
-        if checkpointer: checkpointer.maybe_save(step + 1)
-    ema.copy_to(classifier)
+    if config.steps: _fit(classifier, training, pools, config, seed, checkpointer, log)
     classifier.eval().metrics = calibrate(classifier, held_out)
     if log: log(config.steps, **classifier.metrics)
     return classifier
