@@ -14,6 +14,7 @@ import sys
 import threading
 from collections import OrderedDict
 from dataclasses import replace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -358,8 +359,9 @@ def test_a_second_command_fetches_and_changes_nothing(hub, download, cache, rele
 def test_interrupted_and_resumed(hub, download, tmp_path, how):
     hub.blocked = "diffusion_pytorch_model.safetensors"
     argv = [sys.executable, "-c", ONCE, "--task", "coffee", "--parts", "reward,vae", "--cache", str(tmp_path / "cache")]
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)          # a background job is born deaf to it
     process = subprocess.Popen(argv, env=environment(f"http://127.0.0.1:{hub.server_port}", tmp_path), text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed)
     root = tmp_path / "cache/models--fangqi--WMPO/snapshots" / hub.main
     assert hub.reached.wait(30)
     process.send_signal(how)
