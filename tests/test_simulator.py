@@ -37,6 +37,37 @@ def test_start_noise_moves_the_arm(noise, alike):
     assert np.array_equal(*poses) == alike
 
 
+def test_the_shadow_shows_how_near_the_unseen_hand_is():
+    "The hand is above the picture at the start: only its shadow, which is darker than the table, tells where it is."
+    dark = {}
+    for shadows in (False, True):
+        env = Environment(replace(TASK, shadows=shadows))
+        env.reset(1)
+        frame = env.frame().astype(int)
+        red = frame[..., 0] > frame[..., 1:].max(-1) + 25
+        dark[shadows] = int(((frame.max(-1) < 150) & ~red)[TASK.image_size // 3:].sum())
+        env.close()
+    assert dark[False] < 3 < 10 < dark[True]
+
+
+def test_the_arm_above_the_hand_is_drawn_on_request():
+    frames = []
+    for draw_arm in (False, True):
+        env = Environment(replace(TASK, draw_arm=draw_arm, shadows=False))
+        for _ in range(14): env.step([0, 0, -0.6, 0, 0, 0, -1])
+        frames.append(env.frame().astype(int))
+        env.close()
+    assert (abs(frames[0] - frames[1]).max(-1) > 30).sum() > 20
+
+
+def test_slips_flip_the_gripper_only(env):
+    steady, slipping = script_trial(env, 23, Style()), script_trial(env, 23, Style(slips=0.5))
+    first = slice(0, 8)
+    assert (steady["actions"][first, 6] == -1).all()
+    assert {-1.0, 1.0} == set(slipping["actions"][first, 6].tolist())
+    assert np.array_equal(slipping["intended"][first, 6], steady["intended"][first, 6])
+
+
 def test_snapshot_replays_exactly_through_contact(env):
     "Until the gripper holds the cube, from a snapshot in the middle, after the environment has been elsewhere."
     env.reset(11)

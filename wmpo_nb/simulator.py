@@ -154,7 +154,23 @@ def _place_camera(self: Environment, mujoco):
     self.renderer = mujoco.Renderer(model, side, side)
     self.visual = mujoco.MjvOption()
     self.visual.geomgroup[:] = [0, 1, 0, 0, 0, 0]      # robosuite keeps collision shapes in group 0
+    if not task.draw_arm: self._hide_arm(mujoco)
+    if task.shadows: self._lamp_above()
     self.reflection = mujoco.mjtRndFlag.mjRND_REFLECTION
+
+# %% ../nbs/03_simulator.ipynb #e0a3bb21
+@patch
+def _hide_arm(self: Environment, mujoco):
+    for geom, body in enumerate(self.model.geom_bodyid):
+        name = mujoco.mj_id2name(self.model, mujoco.mjtObj.mjOBJ_BODY, int(body)) or ""
+        if name.startswith(("robot0_link", "mount0")): self.model.geom_group[geom] = 5     # a group that is not drawn
+
+# %% ../nbs/03_simulator.ipynb #2a8941c7
+@patch
+def _lamp_above(self: Environment):
+    self.model.light_castshadow[:] = 1
+    self.model.light_pos[:], self.model.light_dir[:] = [0.0, 0.0, 2.0], [0.0, 0.0, -1.0]
+    self.model.vis.map.shadowclip = 0.1            # the lamp's square of light, small enough for sharp edges
 
 # %% ../nbs/03_simulator.ipynb #1e4b6051
 @patch
@@ -251,6 +267,8 @@ def move_towards(self: Environment, position, yaw: float, gripper: float) -> tup
 class Style(NamedTuple):
     "How a scripted trial deviates from the expert."
     noise: float = 0.0            # standard deviation of smooth noise on executed actions, in action units
+    smooth: float = 0.7           # how much of that noise lasts to the next step (0: as jumpy as a sampled policy)
+    slips: float = 0.0            # chance of the opposite gripper command, each step
     displacement: float = 0.0     # standard deviation of the grasp's horizontal offset, metres
     turn: float = 0.0             # standard deviation of the grasp's yaw error, radians
     play: bool = False            # random targets around the objects and random gripper commands
@@ -268,8 +286,8 @@ def _plan(env: Environment, style: Style, rng) -> list:
 # %% ../nbs/03_simulator.ipynb #d0e00e6a
 def _smooth_noise(style: Style, steps: int, rng) -> np.ndarray:
     "First-order autoregressive noise [steps, 7] of standard deviation `style.noise`; half as much rotation, none on the gripper."
-    noise = np.zeros((steps, 7))
-    for t in range(steps): noise[t] = 0.7 * noise[t - 1] + np.sqrt(1 - 0.7**2) * rng.normal(size=7)
+    noise, fresh = np.zeros((steps, 7)), np.sqrt(1 - style.smooth**2)
+    for t in range(steps): noise[t] = style.smooth * noise[t - 1] + fresh * rng.normal(size=7)
     return noise * style.noise * [1, 1, 1, 0.5, 0.5, 0.5, 0]
 
 # %% ../nbs/03_simulator.ipynb #57eb74f2
@@ -284,7 +302,9 @@ def scripted_actions(env: Environment, style: Style, rng):
             target[2] = max(target[2], 0.815)                     # the table's top is at 0.80 m
             for _ in range(max(1, round(seconds * env.task.control_hz))):
                 intended, distance = env.move_towards(target, yaw + turn, gripper)
-                yield intended, np.clip(intended + noise[t % len(noise)], -1, 1)
+                executed = np.clip(intended + noise[t % len(noise)], -1, 1)
+                if rng.random() < style.slips: executed[6] *= -1
+                yield intended, executed
                 t += 1
                 if distance < 0.012 and not settle: break
 
@@ -422,7 +442,7 @@ def scripted_styles(kind: str, count: int, seed: int = 0) -> list[Style]:
     "`count` styles of `kind` 'expert' (noisy execution), 'near_miss' (displaced grasps, retried) or 'play'."
     rng = np.random.default_rng(seed)
     draw = {"expert": lambda: Style(noise=rng.uniform(0, 0.25)),
-            "near_miss": lambda: Style(rng.uniform(0, 0.2), rng.uniform(0.01, 0.05), rng.uniform(0, 0.4)),
+            "near_miss": lambda: Style(rng.uniform(0, 0.4), rng.uniform(0, 0.7), rng.uniform(0, 0.1), rng.uniform(0, 0.04), rng.uniform(0, 0.3)),
             "play": lambda: Style(noise=0.1, play=True)}
     return [draw[kind]() for _ in range(count)]
 
