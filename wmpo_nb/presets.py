@@ -174,14 +174,14 @@ class VAETrainConfig:
 @dataclass(frozen=True)
 class WorldModelTrainConfig:
     "World-model optimisation; used for pre-training and, with fewer steps, for alignment."
-    steps: int = 4400
+    steps: int = 5400
     batch_size: int = 32                               # windows of context + chunk frames
     optimizer: str = "muon"                            # "muon" (block matrices; AdamW on the rest) or "adamw" (the paper)
     learning_rate: float = 4e-3                        # of AdamW's share
     muon_learning_rate: float = 0.05
     weight_decay: float = 0.0
     warmup_steps: int = 100
-    decay_steps: int = 1400                            # linear cool-down to zero over the last steps
+    decay_steps: int = 1600                            # linear cool-down to zero over the last steps
     ema: float = 0.999
     grad_clip: float = 1.0
     chunk_starts: float = 0.5                          # share of windows that begin where a dream's chunks do (0: all begin anywhere, as upstream)
