@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/15_evaluation.ipynb #de4ed606
-from .policy import OpenVLAOFT
+from .policy import load_policy
 from .presets import seeds_for
 from .run import Run, atomic_write, command, parse_preset, preset_parser, progress
 from .trajectory import ActionChunk, InitialState, TrajectoryBatch, rollout
@@ -203,11 +203,11 @@ def main(argv=None):
                            "--output runs/evaluation --evaluation.states 64")
     parser.add_argument("--policy", required=True, metavar="DIR", help="the policy's folder, from wmpo-train or wmpo-sft")
     parser.add_argument("--baseline", metavar="DIR", help="folder of the policy it is compared with")
+    parser.add_argument("--stats", metavar="FILE", help="dataset_statistics.json, if a folder has none")
     args, preset = parse_preset(parser, argv)
     folders = {"baseline": args.baseline, "policy": args.policy} if args.baseline else {"policy": args.policy}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    policies = {name: OpenVLAOFT.from_pretrained(folder, preset.policy, preset.task.instruction).to(device)
-                for name, folder in folders.items()}
+    policies = {name: load_policy(folder, preset, args.stats).to(device) for name, folder in folders.items()}
     run = Run(args.output, preset, "wmpo-evaluate", args.seed, args.resume)
     with run.stage("evaluate"):
         evaluations = _evaluate_all(policies, preset, args.seed, run.folder / "evaluations.json")
