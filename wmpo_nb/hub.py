@@ -4,8 +4,8 @@
 __all__ = ['REPOSITORY', 'PARTS', 'RemoteFile', 'select', 'file_digest', 'Listing', 'repository_folder', 'snapshot_folder',
            'write_listing', 'read_listing', 'hub_errors', 'fetch_listing', 'pinned_listing', 'is_here', 'missing_files',
            'bytes_text', 'make_plan', 'describe', 'check_space', 'fetch', 'damaged_files', 'bring', 'main', 'Released',
-           'load_released_world_model', 'read_data_pickle', 'convert_states', 'load_states', 'find_weights',
-           'load_opensora', 'load_stdit', 'load_world_model', 'load_policy', 'save_policy', 'load_first_frames']
+           'load_released_world_model', 'read_data_pickle', 'convert_states', 'find_weights', 'load_opensora',
+           'load_stdit', 'load_world_model', 'load_policy', 'save_policy', 'load_first_frames', 'load_states']
 
 # %% ../nbs/20_hub.ipynb #2f90e605
 import argparse, difflib, fnmatch, hashlib, json, os, pickle, re, shutil, sys, time
@@ -22,12 +22,13 @@ from .alignment import find_weights, load_opensora, load_stdit, load_world_model
 from .policy import load_policy, save_policy
 from .presets import PAPER_TASKS, Preset, UserError
 from .run import atomic_write, command, progress
-from .trajectory import load_first_frames
+from .trajectory import load_first_frames, load_states, save_states
 from .world_model import WorldModel
 
 # %% ../nbs/20_hub.ipynb #fc5ff2b0
 # loaders live where their classes are; they can be imported from here as well
-_all_ = ["find_weights", "load_opensora", "load_stdit", "load_world_model", "load_policy", "save_policy", "load_first_frames"]
+_all_ = ["find_weights", "load_opensora", "load_stdit", "load_world_model", "load_policy", "save_policy", "load_first_frames",
+         "load_states"]
 
 # %% ../nbs/20_hub.ipynb #3de4d939
 REPOSITORY = "fangqi/WMPO"
@@ -387,14 +388,7 @@ def convert_states(source, target):
     records = read_data_pickle(source)
     try:
         states = np.stack([np.asarray(record["states"], np.float64) for record in records])
-        scenes = np.array([record["model"].encode() for record in records])
+        scenes = ["" + record["model"] for record in records]      # only text can be added to text
     except (TypeError, KeyError, ValueError, AttributeError):
         raise UserError(f"{source} is no list of states: each entry must have 'states' of one length and 'model'") from None
-    with atomic_write(target) as temporary, open(temporary, "wb") as file: np.savez_compressed(file, states=states, model=scenes)
-
-# %% ../nbs/20_hub.ipynb #012aa0f1
-def load_states(path) -> tuple[np.ndarray, list[str]]:
-    "(flattened simulator states float64 [N, D], N scenes as XML) of a file from `convert_states`."
-    try:
-        with np.load(path, allow_pickle=False) as archive: return archive["states"], [scene.decode() for scene in archive["model"]]
-    except (OSError, ValueError, KeyError) as error: raise UserError(f"no states in {path} ({error}): convert them again") from None
+    save_states(target, states, scenes)

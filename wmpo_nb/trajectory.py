@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['ActionStats', 'save_stats', 'load_stats', 'TrajectoryBatch', 'Streams', 'InitialState', 'load_first_frames',
-           'ActionChunk', 'World', 'Policy', 'rollout', 'window_starts', 'window_frames', 'write_shard', 'read_shards']
+           'save_states', 'load_states', 'load_initial_states', 'ActionChunk', 'World', 'Policy', 'rollout',
+           'window_starts', 'window_frames', 'write_shard', 'read_shards']
 
 # %% ../nbs/02_trajectory.ipynb #1a02f74a
 import io, json, tarfile
@@ -142,6 +143,24 @@ def load_first_frames(folder) -> list[InitialState]:
     paths = sorted((p for p in Path(folder).glob("*.png") if p.stem.isdigit()), key=lambda p: int(p.stem))
     if not paths: raise UserError(f"no first frames (<number>.png) in {folder}: fetch the part 'data' with wmpo-download")
     return [InitialState(int(p.stem), torch.from_numpy(np.array(Image.open(p).convert("RGB")))) for p in paths]
+
+# %% ../nbs/02_trajectory.ipynb #ecdf7305
+def save_states(path, states, scenes):
+    "Write simulator states float64 [N, D] and their N scenes (XML) to a .npz. Atomic."
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, states=np.asarray(states, np.float64), model=np.array([scene.encode() for scene in scenes]))
+
+# %% ../nbs/02_trajectory.ipynb #99e49fb5
+def load_states(path) -> tuple[np.ndarray, list[str]]:
+    "(flattened simulator states float64 [N, D], N scenes as XML) of a file from `save_states`."
+    try:
+        with np.load(path, allow_pickle=False) as archive: return archive["states"], [scene.decode() for scene in archive["model"]]
+    except (OSError, ValueError, KeyError) as error: raise UserError(f"no states in {path} ({error}): convert them again") from None
+
+# %% ../nbs/02_trajectory.ipynb #60d26ace
+def load_initial_states(path) -> list[InitialState]:
+    "The states of a file from `save_states`, numbered from 0, for a simulator; they have no frames yet."
+    return [InitialState(i, None, state, scene) for i, (state, scene) in enumerate(zip(*load_states(path)))]
 
 # %% ../nbs/02_trajectory.ipynb #3453650d
 class ActionChunk(NamedTuple):
