@@ -217,16 +217,17 @@ def _approach(env, height: float, gripper: float, near: float, steps: int):
         if distance < near: return
 
 # %% ../nbs/23_mimicgen.ipynb #74fab744
-def _carry(env, height: float, near: float, steps: int):
-    "Yield actions that bring the held nut over the peg, its centre at `height` metres, turned to the nearest quarter."
+def _carry(env, height: float, pace: float, near: float, steps: int):
+    "Yield actions that bring the held nut over the peg, its centre at `height` metres and square to it; `pace` in metres a step."
     peg = env.data.xpos[env.env.peg1_body_id]
-    hand = env.data.site_xpos[env.robot.eef_site_id]
+    lead = np.zeros(3)                 # the controller stops millimetres short of its goal: aim beyond it, more with every step
     for _ in range(steps):
         centre, _, yaw = env.nut_pose()
         error = np.array([peg[0], peg[1], height]) - centre
+        lead = np.clip(lead + 0.3 * np.clip(error, -0.01, 0.01), -0.02, 0.02)
         turn = (np.pi / 4 - yaw) % (np.pi / 2) - np.pi / 4
-        matrix = env.data.site_xmat[env.robot.eef_site_id].reshape(3, 3)
-        action, _ = env.move_towards(hand + error, _yaw(matrix) + turn, 1.0, np.pi)
+        hand, matrix = env.data.site_xpos[env.robot.eef_site_id], env.data.site_xmat[env.robot.eef_site_id].reshape(3, 3)
+        action, _ = env.move_towards(hand + np.clip(error, -pace, pace) + lead, _yaw(matrix) + turn, 1.0, np.pi)
         yield action
         if np.abs(error).max() < near and abs(turn) < 0.05: return
 
@@ -246,8 +247,8 @@ def _insert_nut(env):
         yield from _stay(env, 1.0, 0.0, 7)
         yield from _stay(env, 1.0, 0.19, 16)
         for _ in range(3):
-            yield from _carry(env, PEG_TIP + 0.04, 0.004, 40)
-            yield from _carry(env, PEG_TIP - 0.012, 0.004, 12)
+            yield from _carry(env, PEG_TIP + 0.025, 0.05, 0.003, 45)
+            yield from _carry(env, PEG_TIP - 0.012, 0.01, 0.003, 16)
             if env.nut_pose()[0][2] < PEG_TIP: break       # on the tip: it cannot go anywhere else
         yield from _stay(env, -1.0, 0.0, 6)
         yield from _stay(env, -1.0, 0.12, 10)
