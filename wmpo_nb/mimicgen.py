@@ -283,11 +283,12 @@ def read_demonstrations(path):
 def render_demonstration(env: MimicGenEnvironment, scene: str, states, actions) -> dict:
     "A demonstration drawn from its states: what `script_trial` gives. The last frame follows the last action, taken here."
     env.load_scene(scene)
-    steps, horizon = len(actions), env.task.horizon
-    frames = []
-    for state in states:
-        env.set_state(state)
+    env.set_state(states[0])
+    steps, horizon, frames = len(actions), env.task.horizon, []
+    for state in states:                       # a picture needs positions only, and no controller
+        env.env.sim.set_state_from_flattened(state)
         frames.append(env.frame())
+    env.set_state(states[-1])
     env.step(actions[-1])
     frames += [env.frame()] * (horizon + 1 - steps)
     padded = np.zeros((horizon, 7), np.float32)

@@ -282,7 +282,9 @@ class Preset:
 @patch
 def to_dict(self: Preset) -> dict:
     "Plain nested dictionary, for `config.json`."
-    return json.loads(json.dumps(dataclasses.asdict(self)))
+    record = json.loads(json.dumps(dataclasses.asdict(self)))
+    if self.source == "ours": del record["source"]     # runs made before the field existed can still be resumed
+    return record
 
 # %% ../nbs/00_presets.ipynb #c03077e4
 def _tiny_stack() -> Preset:
