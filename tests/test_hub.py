@@ -27,14 +27,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from wmpo_nb.hub import (REPOSITORY, Released, RemoteFile, convert_states, load_first_frames, load_opensora, load_policy,
                          load_released_world_model, load_states, load_stdit, make_plan, read_data_pickle, save_policy, select)
+from wmpo_nb.alignment import load_world_model, save_world_model
 from wmpo_nb.hub import Listing
-from wmpo_nb.policy import OpenVLAOFT
+from wmpo_nb.policy import OpenVLAOFT, save_trained, stats_entry
 from wmpo_nb.presets import PolicyConfig, RewardConfig, STDiTConfig, UserError, VAEConfig, load_preset
 from wmpo_nb.reward import SuccessClassifier, load_pth, load_reward, save_pth
 from wmpo_nb.run import load_tensors, save_tensors
 from wmpo_nb.stdit import STDiT
 from wmpo_nb.trajectory import ActionStats, Streams
-from wmpo_nb.vae import VAE, load_diffusers, save_diffusers
+from wmpo_nb.vae import VAE, load_diffusers, load_vae, save_diffusers
 
 PRESET = replace(
     load_preset("coffee_128"),
@@ -614,6 +615,40 @@ def rename_index(folder):
 def test_policy_of_another_size(released):
     wrong = replace(PRESET, policy=replace(PRESET.policy, intermediate_size=24))
     with pytest.raises(UserError, match="gate_proj.* in the file and .* in the network"): load_policy(released.sft, wrong)
+
+
+def test_one_loader_of_each_kind_takes_what_was_released(released, tmp_path):
+    "What the commands call: sizes come from the preset, everything else from the file; our own files need no preset."
+    epoch = released.checkpoints / "world_models/OpenX_pretrained/epoch0-global_step1190000"
+    shards, average = (load_world_model(path, preset=PRESET) for path in (released.world_model, epoch / "ema.pt"))
+    assert shards.config == PRESET.world_model and not shards.training
+    assert next(shards.parameters()).dtype == torch.bfloat16 and next(average.parameters()).dtype == torch.float32
+    again = load_world_model(epoch.parent, preset=PRESET, dtype=torch.float32)
+    assert same(again.state_dict(), load_world_model(epoch, preset=PRESET, dtype=torch.float32).state_dict())
+    save_world_model(tmp_path / "ours.safetensors", again)
+    assert same(load_world_model(tmp_path / "ours.safetensors").state_dict(), again.state_dict())
+    with pytest.raises(UserError, match="name its --preset"): load_world_model(released.world_model)
+    with pytest.raises(UserError, match="in the file and"): load_world_model(epoch, preset=replace(PRESET, stdit=replace(PRESET.stdit, hidden_size=32)))
+    assert load_vae(released.vae).config == PRESET.vae
+    assert load_reward(released.reward, preset=PRESET).config.threshold == PRESET.reward.threshold
+
+
+def test_a_trained_policy_keeps_its_format(released, tmp_path):
+    "Written over an older one, with borrowed statistics, it is a released policy again."
+    policy = load_policy(released.wmpo, PRESET, stats=released.stats)
+    for _ in range(2): save_trained(tmp_path / "policy", policy, released.wmpo, released.stats)
+    back = load_policy(tmp_path / "policy", PRESET)
+    assert same(back.state_dict(), policy.state_dict()) and torch.equal(back.stats.q99, policy.stats.q99)
+    assert not list((tmp_path / "policy").glob("*.py")) and (tmp_path / "policy/dataset_statistics.json").read_bytes() == released.stats.read_bytes()
+
+
+def test_the_entry_of_the_statistics(released, tmp_path):
+    "Released files name the task; ours have one entry under the instruction, whatever the preset."
+    square, tiny = load_preset("square_1280_paper"), load_preset("tiny_lift")
+    write_statistics(tmp_path / "two.json", "coffee", "square")
+    assert stats_entry(tmp_path / "two.json", square) == "square_d0_300_demos" and stats_entry(released.stats, tiny) is None
+    (tmp_path / "ours.json").write_text('{"lift": {}}')
+    assert stats_entry(tmp_path / "ours.json", square) is None and stats_entry(tmp_path / "none.json", square) is None
 
 
 def test_reward_in_both_layouts(released, hub, tmp_path):

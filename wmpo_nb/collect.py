@@ -7,8 +7,10 @@ __all__ = ['batched', 'collect', 'main']
 import hashlib, json
 from pathlib import Path
 
+import torch
+
 # %% ../nbs/18_collect.ipynb #4d3007fb
-from .policy import OpenVLAOFT
+from .policy import OpenVLAOFT, load_policy
 from .presets import Preset, seeds_for
 from .run import Run, command, parse_preset, preset_parser, progress
 from .simulator import Simulator
@@ -23,7 +25,7 @@ def batched(items: list, size: int) -> list[list]:
 def _fingerprint(policy: OpenVLAOFT, preset: Preset, seed: int, use: str) -> str:
     "Names the trajectories by what decides them: weights, task, temperature, seed."
     digest = hashlib.sha256(json.dumps([preset.to_dict()["task"], preset.to_dict()["collect"], seed, use]).encode())
-    for value in policy.state_dict().values(): digest.update(value.float().numpy().tobytes())
+    for value in policy.state_dict().values(): digest.update(value.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 # %% ../nbs/18_collect.ipynb #da86cf7b
@@ -49,10 +51,11 @@ def main(argv=None):
     parser = preset_parser("wmpo-collect", "Let a policy act in the simulator and keep its trajectories, successes and failures alike.",
                            "wmpo-collect --policy runs/sft/policy --output runs/collect\n"
                            "wmpo-collect --policy runs/sft/policy --output runs/p512 --collect.trajectories 512")
-    parser.add_argument("--policy", required=True, metavar="DIR", help="folder of the policy, from wmpo-sft or wmpo-train")
+    parser.add_argument("--policy", required=True, metavar="DIR", help="folder of the policy: ours, or a released one")
+    parser.add_argument("--stats", metavar="FILE", help="dataset_statistics.json, if the folder has none")
     parser.add_argument("--workers", type=int, metavar="N", help="simulator processes (default: one per core, at most 8)")
     args, preset = parse_preset(parser, argv)
-    policy = OpenVLAOFT.from_pretrained(args.policy)
+    policy = load_policy(args.policy, preset, args.stats).to("cuda" if torch.cuda.is_available() else "cpu")
     run = Run(args.output, preset, "wmpo-collect", args.seed, args.resume)
     with run.stage("collect"): batch = collect(policy, preset, run.folder / "data", seed=args.seed, workers=args.workers)
     if not run.is_done("collect"): run.ledger.add(real_trajectories=len(batch), simulator_steps=int(batch.length.sum()))

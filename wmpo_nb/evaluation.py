@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/15_evaluation.ipynb #de4ed606
-from .policy import OpenVLAOFT
+from .policy import load_policy
 from .presets import seeds_for
 from .run import Run, atomic_write, command, parse_preset, preset_parser, progress
-from .trajectory import ActionChunk, InitialState, TrajectoryBatch, rollout
+from .trajectory import ActionChunk, InitialState, TrajectoryBatch, load_initial_states, rollout
 
 # %% ../nbs/15_evaluation.ipynb #4d5a3e37
 def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -181,36 +181,46 @@ def agreement(real: TrajectoryBatch, dreamt: TrajectoryBatch) -> Agreement:
     return Agreement(confusion.tolist(), [None if math.isnan(x) else round(x, 3) for x in psnr.tolist()])
 
 # %% ../nbs/15_evaluation.ipynb #9604e595
-def _evaluate_all(policies: dict, preset, seed: int, path: Path) -> dict[str, Evaluation]:
+def _evaluate_all(policies: dict, preset, states: list[InitialState], path: Path) -> dict[str, Evaluation]:
     "Evaluations by name in the real simulator, kept in `path` as they come; those already there are not repeated."
     from wmpo_nb.simulator import Simulator    # needs the simulator's packages
     done = json.loads(path.read_text()) if path.exists() else {}
     with Simulator(preset.task, every_frame=False) as simulator:
-        states = [InitialState(i, None) for i in seeds_for("test", preset.evaluation.states, seed)]
         for name in [name for name in policies if name not in done]:
             done[name] = evaluate(policies[name], simulator, states, chunks=preset.task.chunks,
                                   progress=lambda batches: progress(batches, name)).to_dict()
             with atomic_write(path) as temporary: temporary.write_text(json.dumps(done))
     return {name: Evaluation.from_dict(done[name]) for name in policies}
 
-# %% ../nbs/15_evaluation.ipynb #f628494d
-@command
-def main(argv=None):
-    "Console script `wmpo-evaluate`: success rate of a policy in the real simulator, alone or against a baseline."
+# %% ../nbs/15_evaluation.ipynb #10476dd1
+def _exam_states(args, preset) -> list[InitialState]:
+    "The first `evaluation.states` of a file of states, or as many seeds nothing else may use."
+    if args.states: return load_initial_states(args.states)[:preset.evaluation.states]
+    return [InitialState(i, None) for i in seeds_for("test", preset.evaluation.states, args.seed)]
+
+# %% ../nbs/15_evaluation.ipynb #da17aeeb
+def _parser():
     parser = preset_parser("wmpo-evaluate", "Greedy trials in the real simulator, with intervals and a paired test.",
                            "wmpo-evaluate --preset tiny_lift --policy runs/train/policy --output runs/evaluation\n"
                            "wmpo-evaluate --preset tiny_lift --policy runs/train/policy --baseline runs/sft/policy "
                            "--output runs/evaluation --evaluation.states 64")
     parser.add_argument("--policy", required=True, metavar="DIR", help="the policy's folder, from wmpo-train or wmpo-sft")
     parser.add_argument("--baseline", metavar="DIR", help="folder of the policy it is compared with")
-    args, preset = parse_preset(parser, argv)
+    parser.add_argument("--stats", metavar="FILE", help="dataset_statistics.json, if a folder has none")
+    parser.add_argument("--states", metavar="FILE", help="initial states of MimicGen (.npz, from wmpo-mimicgen) instead of seeds")
+    return parser
+
+# %% ../nbs/15_evaluation.ipynb #f628494d
+@command
+def main(argv=None):
+    "Console script `wmpo-evaluate`: success rate of a policy in the real simulator, alone or against a baseline."
+    args, preset = parse_preset(_parser(), argv)
     folders = {"baseline": args.baseline, "policy": args.policy} if args.baseline else {"policy": args.policy}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    policies = {name: OpenVLAOFT.from_pretrained(folder, preset.policy, preset.task.instruction).to(device)
-                for name, folder in folders.items()}
-    run = Run(args.output, preset, "wmpo-evaluate", args.seed, args.resume)
-    with run.stage("evaluate"):
-        evaluations = _evaluate_all(policies, preset, args.seed, run.folder / "evaluations.json")
+    policies = {name: load_policy(folder, preset, args.stats).to(device) for name, folder in folders.items()}
+    states = _exam_states(args, preset)
+    run = Run(args.output, preset, f"wmpo-evaluate --states {args.states}" if args.states else "wmpo-evaluate", args.seed, args.resume)
+    with run.stage("evaluate"): evaluations = _evaluate_all(policies, preset, states, run.folder / "evaluations.json")
     table = success_table(evaluations)
     with atomic_write(run.folder / "evaluation.md") as temporary: temporary.write_text(table + "\n")
     print(table)

@@ -4,27 +4,31 @@
 __all__ = ['REPOSITORY', 'PARTS', 'RemoteFile', 'select', 'file_digest', 'Listing', 'repository_folder', 'snapshot_folder',
            'write_listing', 'read_listing', 'hub_errors', 'fetch_listing', 'pinned_listing', 'is_here', 'missing_files',
            'bytes_text', 'make_plan', 'describe', 'check_space', 'fetch', 'damaged_files', 'bring', 'main', 'Released',
-           'find_weights', 'load_stdit', 'load_released_world_model', 'load_opensora', 'load_policy', 'save_policy',
-           'read_data_pickle', 'convert_states', 'load_states', 'load_first_frames']
+           'load_released_world_model', 'read_data_pickle', 'convert_states', 'find_weights', 'load_opensora',
+           'load_stdit', 'load_world_model', 'load_policy', 'save_policy', 'load_first_frames', 'load_states']
 
 # %% ../nbs/20_hub.ipynb #2f90e605
 import argparse, difflib, fnmatch, hashlib, json, os, pickle, re, shutil, sys, time
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 # %% ../nbs/20_hub.ipynb #a815f75f
 import numpy as np
-import torch
 
 # %% ../nbs/20_hub.ipynb #748bc798
-from .policy import OpenVLAOFT
-from .presets import PAPER_TASKS, Preset, STDiTConfig, UserError
-from .run import atomic_write, check_fits, command, load_tensors, progress, save_tensors
-from .stdit import STDiT
-from .trajectory import InitialState, load_stats
+from .alignment import find_weights, load_opensora, load_stdit, load_world_model
+from .policy import load_policy, save_policy
+from .presets import PAPER_TASKS, Preset, UserError
+from .run import atomic_write, command, progress
+from .trajectory import load_first_frames, load_states, save_states
 from .world_model import WorldModel
+
+# %% ../nbs/20_hub.ipynb #fc5ff2b0
+# loaders live where their classes are; they can be imported from here as well
+_all_ = ["find_weights", "load_opensora", "load_stdit", "load_world_model", "load_policy", "save_policy", "load_first_frames",
+         "load_states"]
 
 # %% ../nbs/20_hub.ipynb #3de4d939
 REPOSITORY = "fangqi/WMPO"
@@ -300,67 +304,10 @@ class Released:
     @property
     def first_images(self) -> Path: return Path(self.root) / "data_files" / "first_images" / self.task
 
-# %% ../nbs/20_hub.ipynb #eed024ce
-def find_weights(path) -> Path:
-    "The weights of a world-model checkpoint: a file, a folder of shards, its `model/`, or that of its newest `epoch*-global_step*`."
-    path = Path(path)
-    if path.is_file() or not path.is_dir(): return path
-    if (path / "model").is_dir(): return path / "model"
-    step = lambda folder: int(re.search(r"global_step(\d+)", folder.name)[1])
-    steps = sorted((p for p in path.glob("epoch*-global_step*") if p.is_dir()), key=step)
-    return find_weights(steps[-1]) if steps and not list(path.glob("*.index.json")) else path
-
-# %% ../nbs/20_hub.ipynb #e42e7d62
-def _follow_text(config: STDiTConfig, state: dict) -> STDiTConfig:
-    text = state.get("y_embedder.y_embedding")
-    if text is None: return replace(config, text_weights=False)
-    return replace(config, text_weights=True, model_max_length=text.shape[0], caption_channels=text.shape[1])
-
-# %% ../nbs/20_hub.ipynb #1c77edc0
-def _read_stdit(path, dtype) -> dict:
-    state = load_tensors(find_weights(path), dtype)
-    return {key: value for key, value in state.items() if not key.startswith("pos_embed")}    # a table, computed anew
-
-# %% ../nbs/20_hub.ipynb #b6c713b1
-def load_stdit(path, config: STDiTConfig, dtype=None) -> STDiT:
-    "The released STDiT at `path`, in the file's precision or `dtype`. Raises `UserError` when a key or shape differs from `config`."
-    state = _read_stdit(path, dtype)
-    with torch.device("meta"): stdit = STDiT(_follow_text(config, state))
-    check_fits(stdit, state, path)
-    stdit.load_state_dict(state, assign=True)
-    return stdit.eval()
-
 # %% ../nbs/20_hub.ipynb #0ef759ca
 def load_released_world_model(path, preset: Preset, dtype=None) -> WorldModel:
     "The released world model at `path`, dreaming with the preset's flow steps. Raises `UserError` as `load_stdit` does."
-    return WorldModel(preset.world_model, load_stdit(path, preset.stdit, dtype)).eval()
-
-# %% ../nbs/20_hub.ipynb #490311a0
-def load_opensora(path, config: STDiTConfig) -> STDiT:
-    "An STDiT with the weights of `OpenSora-STDiT-v3` and a fresh action embedder. Raises `UserError` when they do not fit."
-    state = _read_stdit(path, None)
-    stdit = STDiT(_follow_text(config, state))
-    actions = {key: value for key, value in stdit.state_dict().items() if key.startswith("action_embedder.")}
-    check_fits(stdit, actions | state, path)
-    stdit.load_state_dict(actions | state)
-    return stdit
-
-# %% ../nbs/20_hub.ipynb #adb9ed57
-def load_policy(folder, preset: Preset, stats=None, stats_key: str | None = None, dtype=torch.float32) -> OpenVLAOFT:
-    """The released policy in `folder`. `stats`: dataset_statistics.json if `folder` has none; its entry defaults to the task's.
-
-    Raises `UserError` for another kind of policy, another transformers, a missing entry of the statistics, or wrong shapes."""
-    stats_key = stats_key or f"{preset.task.name}_d0_300_demos"
-    return OpenVLAOFT.from_pretrained(folder, preset.policy, preset.task.instruction, dtype,
-                                      stats=load_stats(stats, stats_key) if stats else None, stats_key=stats_key)
-
-# %% ../nbs/20_hub.ipynb #20fb2777
-def save_policy(folder, policy: OpenVLAOFT, like, shard_bytes: int = 5 * 10**9):
-    "Write `policy` as released ones are, with configuration, tokenizer and statistics copied from `like`. Python is left behind."
-    for path in sorted(Path(like).iterdir()):
-        if path.suffix in (".json", ".model", ".txt") and not path.name.endswith(".index.json"):
-            with atomic_write(Path(folder, path.name)) as temporary: shutil.copyfile(path, temporary)
-    save_tensors(folder, policy.state_dict(), shard_bytes)
+    return load_world_model(path, preset=preset, dtype=dtype)
 
 # %% ../nbs/20_hub.ipynb #3eb2ab3f
 class _DType:
@@ -441,22 +388,7 @@ def convert_states(source, target):
     records = read_data_pickle(source)
     try:
         states = np.stack([np.asarray(record["states"], np.float64) for record in records])
-        scenes = np.array([record["model"].encode() for record in records])
+        scenes = ["" + record["model"] for record in records]      # only text can be added to text
     except (TypeError, KeyError, ValueError, AttributeError):
         raise UserError(f"{source} is no list of states: each entry must have 'states' of one length and 'model'") from None
-    with atomic_write(target) as temporary, open(temporary, "wb") as file: np.savez_compressed(file, states=states, model=scenes)
-
-# %% ../nbs/20_hub.ipynb #012aa0f1
-def load_states(path) -> tuple[np.ndarray, list[str]]:
-    "(flattened simulator states float64 [N, D], N scenes as XML) of a file from `convert_states`."
-    try:
-        with np.load(path, allow_pickle=False) as archive: return archive["states"], [scene.decode() for scene in archive["model"]]
-    except (OSError, ValueError, KeyError) as error: raise UserError(f"no states in {path} ({error}): convert them again") from None
-
-# %% ../nbs/20_hub.ipynb #b23407e6
-def load_first_frames(folder) -> list[InitialState]:
-    "An `InitialState` for each `<state_id>.png` in `folder`, frames uint8 [H, W, 3], in the order of the numbers."
-    from PIL import Image
-    paths = sorted((p for p in Path(folder).glob("*.png") if p.stem.isdigit()), key=lambda p: int(p.stem))
-    if not paths: raise UserError(f"no first frames (<number>.png) in {folder}: fetch the part 'data' with wmpo-download")
-    return [InitialState(int(p.stem), torch.from_numpy(np.array(Image.open(p).convert("RGB")))) for p in paths]
+    save_states(target, states, scenes)

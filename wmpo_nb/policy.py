@@ -7,10 +7,10 @@ __all__ = ['PIXEL_STATISTICS', 'BOS', 'PLACEHOLDER', 'STOP', 'OTHER_KINDS', 'act
            'VisionBlock', 'AttentionPool', 'PatchEmbedding', 'VisionTransformer', 'VisionBackbone', 'Projector',
            'rotary_angles', 'rotate', 'RMSNorm', 'LlamaAttention', 'LlamaMLP', 'LlamaLayer', 'Llama', 'LanguageModel',
            'encode_prompt', 'compact', 'initialize', 'OpenVLAOFT', 'token_log_probs', 'sample_tokens', 'check_kind',
-           'check_lineage']
+           'check_lineage', 'stats_entry', 'load_policy', 'save_policy', 'save_trained']
 
 # %% ../nbs/04_policy.ipynb #c402f030
-import io, json
+import io, json, shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,8 +22,8 @@ from fastcore.basics import patch
 from torch import nn
 
 # %% ../nbs/04_policy.ipynb #be53729c
-from .presets import PolicyConfig, UserError
-from .run import atomic_write, check_fits, fast_precision, load_tensors, save_weights
+from .presets import PAPER_TASKS, PolicyConfig, Preset, UserError
+from .run import atomic_write, check_fits, fast_precision, load_tensors, save_tensors, save_weights
 from .trajectory import ActionChunk, ActionStats, load_stats, save_stats
 
 # %% ../nbs/04_policy.ipynb #5f3fe1a7
@@ -516,3 +516,41 @@ def from_pretrained(cls: OpenVLAOFT, folder, config: PolicyConfig | None = None,
     check_fits(policy, weights, folder)
     policy.load_state_dict(weights, strict=True, assign=True)
     return policy.requires_grad_(True)
+
+# %% ../nbs/04_policy.ipynb #95d270f3
+def stats_entry(path, preset: Preset) -> str | None:
+    "The preset's entry in a dataset_statistics.json: `<task>_d0_300_demos` in released files; None in ours, which have only one."
+    try: entries = json.loads(Path(path).read_text())
+    except (OSError, ValueError): return None                  # whoever reads the file says what is wrong with it
+    task = next((task for task in PAPER_TASKS if preset.name.startswith(task)), None)
+    return f"{task}_d0_300_demos" if task and any(entry.endswith("_demos") for entry in entries) else None
+
+# %% ../nbs/04_policy.ipynb #9859be17
+def load_policy(folder, preset: Preset, stats=None, stats_key: str | None = None, dtype=torch.float32) -> OpenVLAOFT:
+    """The policy in `folder`, ours or a released one, of the preset's size and with its instruction.
+
+    `stats`: a dataset_statistics.json if `folder` has none; `stats_key`: its entry, if it is not the task's. Raises `UserError`
+    for another kind of policy, another transformers, a missing entry of the statistics, or wrong shapes."""
+    path = stats or Path(folder) / "dataset_statistics.json"
+    stats_key = stats_key or stats_entry(path, preset)
+    return OpenVLAOFT.from_pretrained(folder, preset.policy, preset.task.instruction, dtype,
+                                      stats=load_stats(stats, stats_key) if stats else None, stats_key=stats_key)
+
+# %% ../nbs/04_policy.ipynb #8d467fea
+def save_policy(folder, policy: OpenVLAOFT, like, shard_bytes: int = 5 * 10**9, stats=None):
+    """Write `policy` as released ones are, with configuration, tokenizer and statistics copied from the folder `like`.
+
+    `stats`: a dataset_statistics.json to copy if `like` has none. Python is left behind."""
+    for path in [*sorted(Path(like).iterdir()), *([Path(stats)] if stats else [])]:
+        if path.suffix in (".json", ".model", ".txt") and not path.name.endswith(".index.json"):
+            name = "dataset_statistics.json" if stats and path == Path(stats) else path.name
+            with atomic_write(Path(folder, name)) as temporary: shutil.copyfile(path, temporary)
+    save_tensors(folder, policy.state_dict(), shard_bytes)
+
+# %% ../nbs/04_policy.ipynb #390977b6
+def save_trained(folder, policy: OpenVLAOFT, like, stats=None):
+    "Write `policy` to `folder`, replacing what is there, in the format of the folder `like` that it was loaded from."
+    path = Path(like) / "config.json"
+    if path.exists() and "policy" in json.loads(path.read_text()): return policy.save_pretrained(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    save_policy(folder, policy, like, stats=stats)

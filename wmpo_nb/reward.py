@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 # %% ../nbs/11_reward.ipynb #02aa1e4d
-from .presets import RewardConfig, RewardTrainConfig, UserError
+from .presets import Preset, RewardConfig, RewardTrainConfig, UserError
 from .run import (
     EMA, Checkpointer, Run, check_fits, command, config_of, fast_precision, load_into, load_pickled, make_optimizer,
     optimizer_step, parse_preset, preset_parser, progress, save_tensors, save_weights)
@@ -97,7 +97,7 @@ def score_clips(classifier: SuccessClassifier, clips: torch.Tensor, batch_size: 
     training, device = classifier.training, next(classifier.parameters()).device
     classifier.eval()
     with fast_precision(device):
-        logits = [classifier(preprocess(part.to(device), classifier.config)) for part in clips.split(batch_size)]
+        logits = [classifier(preprocess(part.to(device), classifier.config)) for part in clips.split(batch_size) if len(part)]
     classifier.train(training)
     return torch.cat(logits)[:, 1].sigmoid().cpu() if logits else torch.zeros(0)
 
@@ -308,15 +308,16 @@ def save_reward(path, classifier: SuccessClassifier):
     save_weights(path, classifier, config=classifier.config, metrics=getattr(classifier, "metrics", {}))
 
 # %% ../nbs/11_reward.ipynb #00b5b0fc
-def load_reward(path, config: RewardConfig | None = None) -> SuccessClassifier:
-    """A classifier from a file of `save_reward`, or from released weights (`.pth`, `.safetensors`) with an explicit `config`.
+def load_reward(path, config: RewardConfig | None = None, preset: Preset | None = None) -> SuccessClassifier:
+    """A classifier from a file of `save_reward`, or from released weights (`.pth`) with an explicit `config` or that of `preset`.
 
-    Raises `UserError` when the file is missing, damaged or does not fit.
+    A file of ours keeps its own configuration, and the threshold selected in training, unless `config` is given. Raises `UserError` when the file is missing, damaged or does not fit.
     """
     if not str(path).endswith(".pth"):
         classifier = SuccessClassifier(config or config_of(path, RewardConfig))
         load_into(classifier, path)
         return classifier.eval()
+    config = config or (preset and preset.reward)
     if config is None: raise UserError(f"{path} does not say how large its network is: give the configuration of a preset")
     state = load_pth(path)
     classifier = SuccessClassifier(replace(config, use_mean_pooling="fc_norm.weight" in state))
@@ -343,14 +344,16 @@ def main(argv=None):
     from wmpo_nb.vae import load_vae, reconstruct_batch
     parser = preset_parser("wmpo-train-reward", "Train the success classifier on real trajectories, seen through the VAE.",
                            "wmpo-train-reward --preset tiny_lift --data runs/collect --vae runs/vae/vae.safetensors --output runs/reward\n"
-                           "wmpo-train-reward --data runs/collect --vae vae.safetensors --start reward.safetensors --output runs/reward")
+                           "wmpo-train-reward --data runs/collect --vae vae.safetensors --start reward.safetensors --output runs/reward\n"
+                           "wmpo-train-reward --preset coffee_128 --data runs/collect/data --vae CHECKPOINTS/world_models/vae "
+                           "--start CHECKPOINTS/reward_models/videomae_coffee.pth --output runs/reward")
     parser.add_argument("--data", required=True, metavar="DIR", help="folder of trajectories (*.tar), from wmpo-collect")
-    parser.add_argument("--vae", metavar="FILE", help="pass the frames through this VAE first, as dreams are (recommended)")
-    parser.add_argument("--start", metavar="FILE", help="fine-tune these weights; without it training starts from random ones")
+    parser.add_argument("--vae", metavar="PATH", help="pass the frames through this VAE (a file, or a diffusers folder) first, as dreams are (recommended)")
+    parser.add_argument("--start", metavar="FILE", help="fine-tune these weights, ours or a released .pth; without it training starts from random ones")
     args, preset = parse_preset(parser, argv)
     config = preset.reward_training if args.start or not preset.reward_pretraining.steps else preset.reward_pretraining
     torch.manual_seed(args.seed)
-    classifier, batch = load_reward(args.start) if args.start else SuccessClassifier(preset.reward), read_shards(args.data)
+    classifier, batch = load_reward(args.start, preset=preset) if args.start else SuccessClassifier(preset.reward), read_shards(args.data)
     if args.vae: batch = reconstruct_batch(load_vae(args.vae), batch)
     run = Run(args.output, preset, "wmpo-train-reward", args.seed, args.resume)
     with run.stage("reward"):

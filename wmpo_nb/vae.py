@@ -229,7 +229,10 @@ def save_vae(path, vae: VAE):
 
 # %% ../nbs/06_vae.ipynb #d8c607f4
 def load_vae(path) -> VAE:
-    "The VAE of a file from `save_vae`, in evaluation mode. Raises `UserError` when it is missing, damaged or does not fit."
+    """The VAE of a file from `save_vae`, or of a diffusers folder, in evaluation mode.
+
+    Raises `UserError` when it is missing, damaged or does not fit."""
+    if Path(path).is_dir(): return load_diffusers(path)
     vae = VAE(config_of(path, VAEConfig))
     load_into(vae, path)
     return vae.eval()

@@ -2,10 +2,11 @@
 
 # %% auto #0
 __all__ = ['mix_seed', 'draw_states', 'NothingToLearn', 'gather', 'forward_passes', 'token_statistics', 'update', 'train_wmpo',
-           'main']
+           'dream_starts', 'main']
 
 # %% ../nbs/14_wmpo.ipynb #d59f5307
 import math, time
+from pathlib import Path
 
 # %% ../nbs/14_wmpo.ipynb #c1929b4a
 import numpy as np
@@ -15,10 +16,10 @@ from torch import Tensor
 # %% ../nbs/14_wmpo.ipynb #35926398
 from .grpo import (action_mask, advantages, keep_groups, success_rewards, token_weights,
                           weighted_policy_loss)
-from .policy import OpenVLAOFT
+from .policy import load_policy, save_trained
 from .presets import GRPOConfig, UserError, seeds_for
 from .run import Checkpointer, Run, command, make_optimizer, parse_preset, preset_parser, progress
-from .trajectory import InitialState, TrajectoryBatch, read_shards, rollout
+from .trajectory import InitialState, TrajectoryBatch, load_first_frames, read_shards, rollout
 
 # %% ../nbs/14_wmpo.ipynb #c0f4a2c8
 def mix_seed(*numbers: int) -> int:
@@ -178,8 +179,14 @@ def _dream_parts(args, preset):
     from wmpo_nb.alignment import load_world_model
     from wmpo_nb.reward import load_reward
     from wmpo_nb.vae import load_vae
-    return (load_world_model(args.world_model, preset.world_model), load_vae(args.vae),
-            load_reward(args.reward, preset.reward if args.reward.endswith(".pth") else None))
+    return (load_world_model(args.world_model, preset.world_model, preset), load_vae(args.vae), load_reward(args.reward, preset=preset))
+
+# %% ../nbs/14_wmpo.ipynb #4ad84ded
+def dream_starts(folder) -> list[InitialState]:
+    "Where dreams begin: the first frames of the trajectories (*.tar) in `folder`, or its pictures (<number>.png)."
+    if any(Path(folder).glob("*.png")): return load_first_frames(folder)
+    batch = read_shards(folder)
+    return [InitialState(int(i), frame) for i, frame in zip(batch.state_id, batch.frames[:, 0])]
 
 # %% ../nbs/14_wmpo.ipynb #375bda48
 def _dream(args, preset, stats):
@@ -187,8 +194,7 @@ def _dream(args, preset, stats):
     for name in ("world_model", "vae", "reward", "data"):
         if getattr(args, name) is None: raise UserError(f"a dream needs --{name.replace('_', '-')}; see --help")
     from wmpo_nb.dream import Dream
-    batch = read_shards(args.data)
-    states = [InitialState(int(i), frame) for i, frame in zip(batch.state_id, batch.frames[:, 0])]
+    states = dream_starts(args.data)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Dream(*(part.to(device) for part in _dream_parts(args, preset)), stats), states
 
@@ -199,10 +205,11 @@ def _parser():
                            "--world-model world_model.safetensors --vae vae.safetensors --reward reward.safetensors\n"
                            "wmpo-train --world simulator --policy runs/sft/policy --output runs/online")
     parser.add_argument("--world", choices=("dream", "simulator"), default="dream", help="default: %(default)s")
-    parser.add_argument("--policy", required=True, metavar="DIR", help="folder of the policy to start from")
+    parser.add_argument("--policy", required=True, metavar="DIR", help="folder of the policy to start from, ours or released")
+    parser.add_argument("--stats", metavar="FILE", help="dataset_statistics.json, if that folder has none")
     for name, text in (("--world-model", "world model"), ("--vae", "its VAE"), ("--reward", "success classifier")):
-        parser.add_argument(name, metavar="FILE", help=f"{text}, a .safetensors file (dream only)")
-    parser.add_argument("--data", metavar="DIR", help="collected trajectories (*.tar), where dreams begin")
+        parser.add_argument(name, metavar="PATH", help=f"{text}, a .safetensors file or as released (dream only)")
+    parser.add_argument("--data", metavar="DIR", help="where dreams begin: collected trajectories (*.tar), or first frames (*.png)")
     return parser
 
 # %% ../nbs/14_wmpo.ipynb #0a4e9fc0
@@ -210,7 +217,7 @@ def _parser():
 def main(argv=None):
     "Console script `wmpo-train`: load and check everything, run the loop, write the policy."
     args, preset = parse_preset(_parser(), argv)
-    policy = OpenVLAOFT.from_pretrained(args.policy, preset.policy, preset.task.instruction)
+    policy = load_policy(args.policy, preset, args.stats)
     if args.world == "dream": world, states = _dream(args, preset, policy.stats)
     else:
         from wmpo_nb.simulator import Simulator
@@ -225,5 +232,5 @@ def main(argv=None):
     with run.stage("grpo"):
         train_wmpo(policy, world, states, preset.grpo, chunks=preset.task.chunks, seed=args.seed, run=run, log=log,
                    temperature=preset.collect.temperature, checkpointer=checkpointer)
-    policy.save_pretrained(run.folder / "policy")
+    save_trained(run.folder / "policy", policy, args.policy, args.stats)
     print(f"policy written to {run.folder / 'policy'}")

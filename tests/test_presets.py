@@ -1,0 +1,52 @@
+"The paper's presets: two sources, what they disagree in, and the page that says so."
+from pathlib import Path
+
+import pytest
+
+from wmpo_nb.presets import (
+    OTHER_DIFFERENCES, PAPER_TASKS, PAPER_VALUES, PRESETS, UserError, differences, differences_page, load_preset, override)
+
+PAGE = Path(__file__).parent.parent / "docs/differences.md"
+RELEASED = [f"{task}_{budget}" for task in PAPER_TASKS for budget in (128, 1280)]
+
+
+def test_the_page_is_what_the_presets_say():
+    command = 'python -c "from wmpo_nb.presets import differences_page as page; print(page(), end=str())" > docs/differences.md'
+    assert PAGE.read_text() == differences_page(), command
+
+
+def test_the_page_would_show_a_new_disagreement(monkeypatch):
+    monkeypatch.setitem(PAPER_VALUES, "grpo.learning_rate", 1e-6)
+    assert "| `grpo.learning_rate` | 1e-06 | 5e-06 |" in differences_page() and "grpo.learning_rate" not in PAGE.read_text()
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_sources_differ_where_the_paper_says_so_and_nowhere_else(name):
+    released, paper = load_preset(name), load_preset(f"{name}_paper")
+    assert (released.source, paper.source) == ("released", "paper") and paper.name == f"{name}_paper"
+    assert {key: values[0] for key, values in differences(paper, released).items()} == PAPER_VALUES
+    for key, (value, _) in differences(paper, released).items(): released = override(released, key, value)
+    assert not differences(paper, released)
+
+
+def test_values_of_the_tables():
+    "Reference 1.1, 1.2 and 5, by hand."
+    p, t = load_preset("square_1280"), load_preset("square_1280_paper")
+    assert (p.task.horizon, p.task.chunks, p.reward.threshold, p.collect.trajectories) == (184, 23, 0.96, 1280)
+    assert (p.collect.temperature, p.grpo.group_size, p.grpo.groups, p.grpo.mini_batch, p.grpo.learning_rate) == (1.6, 8, 64, 128, 5e-6)
+    assert (p.grpo.clip_low, p.grpo.clip_high, p.grpo.accuracy_low, p.grpo.accuracy_high, p.grpo.iterations) == (0.2, 0.28, 0.1, 0.9, 100)
+    assert (p.world_model.flow_steps, p.world_model.context_noise, t.world_model.context_noise, p.stdit.context_timestep) == (30, 15, 50, 15)
+    assert (p.alignment.ema, t.alignment.ema, p.alignment.grad_clip, t.alignment.grad_clip) == (0.99, 0.9999, 1.0, 0.1)
+    assert (p.pretraining.steps, t.pretraining.steps, t.alignment.steps) == (1_190_000, 12_000_000, 3_000_000)
+    assert (p.alignment.learning_rate, p.alignment.batch_size, p.alignment.warmup_steps, p.alignment.weight_decay) == (1e-4, 128, 1000, 0)
+    r = p.reward_training
+    assert (r.learning_rate, r.weight_decay, r.ema, r.mining, r.image_shift, r.jitter, r.pixel_noise) == (1e-4, 1e-4, 0, 1, 0, 0, 0)
+
+
+def test_tiny_presets_are_nobodys_but_ours():
+    assert {load_preset(name).source for name in PRESETS if name.startswith("tiny")} == {"ours"}
+    with pytest.raises(UserError, match="Did you mean 'coffee_128_paper'"): load_preset("coffee_128_papr")
+
+
+def test_every_row_has_four_cells():
+    assert all(len(row) == 4 and not any("|" in cell for cell in row) for row in OTHER_DIFFERENCES)
