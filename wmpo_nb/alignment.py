@@ -5,6 +5,7 @@ __all__ = ['LatentWindows', 'encode_windows', 'mix', 'make_world_model', 'align'
            'imagine_trajectory', 'latent_error', 'main']
 
 # %% ../nbs/10_alignment.ipynb #6d06db00
+import sys
 from dataclasses import asdict
 from functools import partial
 from typing import Callable
@@ -15,7 +16,8 @@ import torch
 # %% ../nbs/10_alignment.ipynb #a91e82d1
 from .presets import Preset, STDiTConfig, UserError, WorldModelConfig, WorldModelTrainConfig
 from .run import (
-    Checkpointer, Run, command, config_of, fast_precision, load_into, parse_preset, preset_parser, progress, save_weights)
+    Checkpointer, command, config_of, fast_precision, is_main, load_into, open_run, parse_preset, preset_parser, progress,
+    save_weights)
 from .stdit import STDiT
 from .trajectory import ActionStats, TrajectoryBatch, load_stats, read_shards, window_frames, window_starts
 from .vae import VAE, load_vae
@@ -128,10 +130,15 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     world_model = load_world_model(args.align) if args.align else make_world_model(preset)
     batch = read_shards(args.data)
-    run = Run(args.output, preset, "wmpo-train-world-model", args.seed, args.resume)
+    run = open_run(args, preset, "wmpo-train-world-model")
     with run.stage(stage):
         windows = encode_windows(vae, batch, stats, preset.world_model.context_frames, preset.world_model.chunk_size)
         align(world_model, windows, config, seed=args.seed, log=lambda step, **numbers: run.log(stage, step, **numbers),
-              checkpointer=Checkpointer(run.folder / "checkpoints", config.checkpoint_every))
-    save_world_model(run.folder / "world_model.safetensors", world_model)
-    print(f"world model written to {run.folder / 'world_model.safetensors'}")
+              checkpointer=run.checkpointer(config.checkpoint_every))
+    run.close()
+    if is_main():
+        save_world_model(run.folder / "world_model.safetensors", world_model)
+        print(f"world model written to {run.folder / 'world_model.safetensors'}")
+
+# %% ../nbs/10_alignment.ipynb #1bc83554
+if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

@@ -3,10 +3,11 @@
 # %% auto #0
 __all__ = ['atomic_write', 'save_weights', 'load_weights', 'config_of', 'load_metrics', 'check_fits', 'load_into', 'load_pickled',
            'load_tensors', 'save_tensors', 'EMA', 'learning_rate_at', 'Optimizers', 'is_block_matrix', 'make_optimizer',
-           'processes', 'start_processes', 'sum_over_processes', 'my_share', 'shards_weights', 'prepare',
-           'sum_gradients', 'Stopped', 'heed_sigterm', 'asked_to_stop', 'stop', 'stop_if_asked', 'fast_precision',
-           'Diverged', 'check_finite', 'optimizer_step', 'train_step', 'is_main', 'Checkpointer', 'progress', 'Ledger',
-           'read_metrics', 'make_trackers', 'Run', 'preset_parser', 'parse_preset', 'open_run', 'command']
+           'processes', 'start_processes', 'sum_over_processes', 'wait_for_all', 'my_share', 'shards_weights',
+           'prepare', 'sum_gradients', 'Stopped', 'heed_sigterm', 'asked_to_stop', 'stop', 'stop_if_asked',
+           'fast_precision', 'Diverged', 'check_finite', 'optimizer_step', 'train_step', 'is_main', 'Checkpointer',
+           'progress', 'Ledger', 'read_metrics', 'make_trackers', 'Run', 'preset_parser', 'parse_preset', 'open_run',
+           'command']
 
 # %% ../nbs/01_run.ipynb #a6210534
 import argparse, dataclasses, difflib, errno, functools, json, math, os, pickle, random, shutil, signal, sys, textwrap, threading, time
@@ -323,6 +324,11 @@ def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
     total = tensor.to(device, torch.int64 if tensor.dtype == torch.bool else None, copy=True).contiguous()
     torch.distributed.all_reduce(total)
     return total.to(tensor.device, tensor.dtype)
+
+# %% ../nbs/01_run.ipynb #64d9136b
+def wait_for_all():
+    "Return once every process has come here."
+    sum_over_processes(torch.zeros(1))
 
 # %% ../nbs/01_run.ipynb #723938e5
 def my_share(count: int) -> range:
@@ -695,6 +701,7 @@ class Run:
     def __init__(self, output, preset: Preset, command: str, seed: int = 0, resume: bool = False, keep: int = 2, log_with=()):
         self.folder, self.preset, self.command, self.seed, self.keep = Path(output), preset, command, seed, keep
         self.ledger, self._writers, self._done, self._trackers = Ledger(), {}, [], make_trackers(log_with, command)
+        self._rewound = set() if resume else None                # stages whose old entries are gone
         if is_main(): self._claim({"command": command, "seed": seed, "preset": preset.to_dict()}, resume)
         for tracker in self._trackers: tracker.store_init_configuration({"seed": seed} | preset.to_dict())
         if resume: self._recall()
@@ -746,6 +753,7 @@ def log(self: Run, stage: str, step: int, **numbers):
     "Append one entry to metrics.jsonl and TensorBoard. `step` is the index of the loop, from 0."
     if not is_main(): return
     if not self.folder.is_dir(): raise UserError(f"{self.folder} was deleted while the run was writing to it. Start again")
+    if self._rewound is not None and stage not in self._rewound: self.rewind(stage, step)
     numbers = {name: _number(value) for name, value in numbers.items()}
     with open(self.folder/"metrics.jsonl", "a") as file:
         file.write(json.dumps({"stage": stage, "step": step, **numbers}) + "\n")
@@ -759,6 +767,7 @@ def log(self: Run, stage: str, step: int, **numbers):
 @patch
 def rewind(self: Run, stage: str, step: int):
     "Before a loop restarts at index `step`: drop the entries of `stage` from there on."
+    if self._rewound is not None: self._rewound.add(stage)
     if not is_main() or not (self.folder/"metrics.jsonl").exists(): return
     kept = [e for e in read_metrics(self.folder) if e["stage"] != stage or e["step"] < step]
     with atomic_write(self.folder/"metrics.jsonl") as temporary:
