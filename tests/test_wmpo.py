@@ -100,7 +100,7 @@ def test_later_draws_ask_only_for_what_is_missing():
             self.drawn.append(len(states) // CONFIG.group_size)
             return super().reset(states, streams)
 
-    batch, numbers = collected(replace(CONFIG, max_draws=6), world=Counting(0.16))
+    batch, numbers = collected(replace(CONFIG, max_draws=6, rollout_groups=99), world=Counting(0.16))
     assert Counting.drawn[0] == CONFIG.groups and len(Counting.drawn) > 1, "choose a seed with dropped groups"
     assert Counting.drawn == sorted(Counting.drawn, reverse=True)
     assert numbers["groups"] <= CONFIG.groups and sum(Counting.drawn) * CONFIG.group_size == numbers["trajectories"]

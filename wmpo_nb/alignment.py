@@ -5,7 +5,7 @@ __all__ = ['LatentWindows', 'encode_windows', 'mix', 'make_world_model', 'align'
            'load_stdit', 'load_opensora', 'load_world_model', 'imagine_trajectory', 'latent_error', 'main']
 
 # %% ../nbs/10_alignment.ipynb #6d06db00
-import re
+import re, sys
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,8 @@ import torch
 from .presets import Preset, STDiTConfig, UserError, WorldModelConfig, WorldModelTrainConfig
 from .policy import stats_entry
 from .run import (
-    Checkpointer, Run, check_fits, command, config_of, fast_precision, load_into, load_tensors, parse_preset, preset_parser, progress,
+    Checkpointer, check_fits, command, config_of, fast_precision, is_main, load_into, load_tensors, open_run, parse_preset,
+    preset_parser, progress,
     save_weights)
 from .stdit import STDiT
 from .trajectory import ActionStats, TrajectoryBatch, load_stats, read_shards, window_frames, window_starts
@@ -193,10 +194,15 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     world_model = load_world_model(args.align, preset=preset, dtype=torch.float32) if args.align else make_world_model(preset)
     batch = read_shards(args.data)
-    run = Run(args.output, preset, "wmpo-train-world-model", args.seed, args.resume)
+    run = open_run(args, preset, "wmpo-train-world-model")
     with run.stage(stage):
         windows = encode_windows(vae, batch, stats, preset.world_model.context_frames, preset.world_model.chunk_size)
         align(world_model, windows, config, seed=args.seed, log=lambda step, **numbers: run.log(stage, step, **numbers),
-              checkpointer=Checkpointer(run.folder / "checkpoints", config.checkpoint_every))
-    save_world_model(run.folder / "world_model.safetensors", world_model)
-    print(f"world model written to {run.folder / 'world_model.safetensors'}")
+              checkpointer=run.checkpointer(config.checkpoint_every))
+    run.close()
+    if is_main():
+        save_world_model(run.folder / "world_model.safetensors", world_model)
+        print(f"world model written to {run.folder / 'world_model.safetensors'}")
+
+# %% ../nbs/10_alignment.ipynb #1bc83554
+if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

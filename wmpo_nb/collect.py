@@ -4,15 +4,14 @@
 __all__ = ['batched', 'collect', 'main']
 
 # %% ../nbs/18_collect.ipynb #7f69d7bf
-import hashlib, json
+import hashlib, json, sys
 from pathlib import Path
-
-import torch
 
 # %% ../nbs/18_collect.ipynb #4d3007fb
 from .policy import OpenVLAOFT, load_policy
 from .presets import Preset, seeds_for
-from .run import Run, command, parse_preset, preset_parser, progress
+from .run import (command, is_main, open_run, parse_preset, preset_parser, processes, progress, start_processes, stop_if_asked,
+                         wait_for_all)
 from .simulator import Simulator
 from .trajectory import InitialState, TrajectoryBatch, read_shards, rollout, write_shard
 
@@ -31,17 +30,22 @@ def _fingerprint(policy: OpenVLAOFT, preset: Preset, seed: int, use: str) -> str
 # %% ../nbs/18_collect.ipynb #da86cf7b
 def collect(policy: OpenVLAOFT, preset: Preset, cache: Path, *, use: str = "collection", count: int | None = None, seed: int = 0,
             workers: int | None = None) -> TrajectoryBatch:
-    "Real trajectories of `policy` from the states of seed range `use`, sampled; shards already in `cache` are not collected again."
+    """Real trajectories of `policy` from the states of seed range `use`, sampled; shards already in `cache` are not collected
+    again. Several processes, who must see the same `cache`, take every so-manieth shard."""
     folder = Path(cache) / _fingerprint(policy, preset, seed, use)
     paths = {folder / f"{group[0]}_{len(group)}.tar": group
              for group in batched(seeds_for(use, count or preset.collect.trajectories, seed), 32)}
-    missing = [path for path in paths if not path.exists()]
+    missing, (rank, total) = [path for path in paths if not path.exists()], processes()
+    wait_for_all()                     # nobody may begin while another still looks what is missing
     if missing:
         with Simulator(preset.task, workers) as simulator:
-            for path in progress(missing, f"collect {use} trajectories"):
-                states = [InitialState(seed, None) for seed in paths[path]]
-                write_shard(path, rollout(policy, simulator, states, chunks=preset.task.chunks,
-                                          temperature=preset.collect.temperature, seed=seed))
+            for first in progress(range(0, len(missing), total), f"collect {use} trajectories"):
+                stop_if_asked("the shards so far are kept")
+                for path in missing[first + rank:first + rank + 1]:
+                    states = [InitialState(seed, None) for seed in paths[path]]
+                    write_shard(path, rollout(policy, simulator, states, chunks=preset.task.chunks,
+                                              temperature=preset.collect.temperature, seed=seed))
+    wait_for_all()
     return TrajectoryBatch.cat([read_shards(path) for path in paths])
 
 # %% ../nbs/18_collect.ipynb #832c8cc2
@@ -55,9 +59,12 @@ def main(argv=None):
     parser.add_argument("--stats", metavar="FILE", help="dataset_statistics.json, if the folder has none")
     parser.add_argument("--workers", type=int, metavar="N", help="simulator processes (default: one per core, at most 8)")
     args, preset = parse_preset(parser, argv)
-    policy = load_policy(args.policy, preset, args.stats).to("cuda" if torch.cuda.is_available() else "cpu")
-    run = Run(args.output, preset, "wmpo-collect", args.seed, args.resume)
+    policy = load_policy(args.policy, preset, args.stats).to(start_processes().device)
+    run = open_run(args, preset, "wmpo-collect")
     with run.stage("collect"): batch = collect(policy, preset, run.folder / "data", seed=args.seed, workers=args.workers)
     if not run.is_done("collect"): run.ledger.add(real_trajectories=len(batch), simulator_steps=int(batch.length.sum()))
     run.done("collect")
-    print(f"{int(batch.success.sum())} of {len(batch)} trajectories succeed; written to {run.folder / 'data'}")
+    if is_main(): print(f"{int(batch.success.sum())} of {len(batch)} trajectories succeed; written to {run.folder / 'data'}")
+
+# %% ../nbs/18_collect.ipynb #bdb2456c
+if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

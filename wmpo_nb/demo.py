@@ -22,7 +22,7 @@ from .policy import OpenVLAOFT
 from .presets import Preset, UserError, override, seeds_for
 from .report import save_record, write_report
 from .reward import f1_score, judge, load_reward, save_reward, train_reward
-from .run import Run, atomic_write, command, parse_preset, preset_parser, progress, read_metrics
+from .run import Run, atomic_write, command, open_run, parse_preset, preset_parser, progress, read_metrics
 from .simulator import Simulator, choose_gl
 from .trajectory import InitialState, TrajectoryBatch, rollout
 from .vae import load_vae, reconstruct_batch
@@ -207,7 +207,7 @@ def main(argv=None):
         if f"--{field}" not in chosen: preset = override(preset, field, value)
     choose_gl()
     if not args.from_scratch: parts = Parts(args.weights or SHIPPED, preset)
-    run = Run(args.output, preset, "wmpo-demo", args.seed, args.resume)
+    run = open_run(args, preset, "wmpo-demo")
     if args.from_scratch: parts = Parts(make_weights(run, preset, args.workers), preset)
     results = run_demo(run, parts, args.cache, args.workers)
     record = make_record(run, "wmpo-demo " + " ".join(given), args.fast, *results)

@@ -10,7 +10,7 @@ import torch
 from fastcore.basics import patch
 
 # %% ../nbs/12_dream.ipynb #b81283cc
-from .reward import SuccessClassifier, judge
+from .reward import SuccessClassifier, clip_ends, decide, trajectory_scores
 from .run import fast_precision
 from .trajectory import ActionStats, InitialState, Streams, TrajectoryBatch
 from .vae import VAE
@@ -35,7 +35,7 @@ def reset(self: Dream, states: list[InitialState], streams: Streams) -> torch.Te
     with fast_precision(self.device): latents = self.vae.encode(first.to(self.device)).float()
     self.context = latents.repeat(1, 1, config.context_frames, 1, 1)
     self.streams, self.seen = streams, first[:, None]
-    self.finish = torch.zeros(len(states), dtype=torch.long)
+    self.finish, self.score = torch.zeros(len(states), dtype=torch.long), torch.zeros(len(states))
     return first
 
 # %% ../nbs/12_dream.ipynb #5d62fb18
@@ -68,16 +68,19 @@ def step(self: Dream, actions: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def _verdict(self: Dream, running: torch.Tensor, chunk: int):
     "Score the clips that end in the newest chunk of the dreams `running` and record who has succeeded."
-    total = self.seen.shape[1]
-    success, finish = judge(self.classifier, self.seen[running], first_end=total - chunk + 1)
+    total, config = self.seen.shape[1], self.classifier.config
+    ends, length = clip_ends(total, config, total - chunk + 1), torch.full((len(running),), total - 1)
+    scores = trajectory_scores(self.classifier, self.seen[running], length, ends)
+    success, finish = decide(scores, ends, length, config)
     self.finish[running[success]] = finish[success]
+    if len(ends): self.score[running] = torch.maximum(self.score[running], scores.amax(1))
 
 # %% ../nbs/12_dream.ipynb #58693586
 @patch
 def judge(self: Dream, batch: TrajectoryBatch) -> TrajectoryBatch:
     "The classifier's verdicts, recorded while dreaming."
     chunk, steps = self.world_model.config.chunk_size, batch.actions.shape[1]
-    batch.success = self.finish > 0
+    batch.success, batch.score = self.finish > 0, self.score.clone()
     batch.finish_step = torch.where(batch.success, self.finish, steps)
     # the chunk in which success was seen was dreamt to its end
     batch.length = torch.where(batch.success, (self.finish + chunk - 1) // chunk * chunk, steps)

@@ -5,7 +5,7 @@ __all__ = ['wilson', 'mcnemar', 'outcome_correlation', 'paired_difference', 'Eva
            'success_row', 'success_table', 'Tape', 'replay', 'Agreement', 'psnr_by_frame', 'agreement', 'main']
 
 # %% ../nbs/15_evaluation.ipynb #840f826a
-import dataclasses, json, math
+import dataclasses, json, math, sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,8 @@ from torch import Tensor
 # %% ../nbs/15_evaluation.ipynb #de4ed606
 from .policy import load_policy
 from .presets import seeds_for
-from .run import Run, atomic_write, command, parse_preset, preset_parser, progress
+from .run import (atomic_write, command, is_main, open_run, parse_preset, preset_parser, processes, progress, start_processes,
+                         stop_if_asked, sum_over_processes)
 from .trajectory import ActionChunk, InitialState, TrajectoryBatch, load_initial_states, rollout
 
 # %% ../nbs/15_evaluation.ipynb #4d5a3e37
@@ -85,13 +86,17 @@ class Evaluation:
 def evaluate(policy, world, states: list[InitialState], *, chunks: int, batch: int = 32, seed: int = 0,
              temperature: float = 0.0, progress=iter) -> Evaluation:
     """One trial of `chunks` chunks from each of `states`, `batch` at a time (reference 10); greedy at temperature 0.
-    `progress` wraps the list of batches, for instance in a progress bar."""
-    batches = [states[i:i + batch] for i in range(0, len(states), batch)]
+    `progress` wraps a list with an entry for each round of batches, for instance in a progress bar. Processes share the batches."""
+    starts, (rank, total) = list(range(0, len(states), batch)), processes()
     if isinstance(policy, torch.nn.Module): policy.eval()
-    trials = [rollout(policy, world, part, chunks=chunks, temperature=temperature, seed=seed)
-              for part in progress(batches)]
-    return Evaluation(*(torch.cat([getattr(trial, f.name).cpu() for trial in trials])
-                        for f in dataclasses.fields(Evaluation)))
+    table = torch.zeros(3, len(states), dtype=torch.int64)
+    for first in progress(list(range(0, len(starts), total))):       # a batch each for the processes there are
+        stop_if_asked("this policy's trials will be done again")
+        for i in starts[first + rank:first + rank + 1]:
+            trial = rollout(policy, world, states[i:i + batch], chunks=chunks, temperature=temperature, seed=seed)
+            table[:, i:i + batch] = torch.stack([getattr(trial, f.name).cpu().long() for f in dataclasses.fields(Evaluation)])
+    state_id, success, finish_step = sum_over_processes(table)
+    return Evaluation(state_id, success.bool(), finish_step)
 
 # %% ../nbs/15_evaluation.ipynb #e7ac732c
 def relative_length(base: Evaluation, other: Evaluation) -> float:
@@ -189,6 +194,7 @@ def _evaluate_all(policies: dict, preset, states: list[InitialState], path: Path
         for name in [name for name in policies if name not in done]:
             done[name] = evaluate(policies[name], simulator, states, chunks=preset.task.chunks,
                                   progress=lambda batches: progress(batches, name)).to_dict()
+            if not is_main(): continue
             with atomic_write(path) as temporary: temporary.write_text(json.dumps(done))
     return {name: Evaluation.from_dict(done[name]) for name in policies}
 
@@ -216,11 +222,15 @@ def main(argv=None):
     "Console script `wmpo-evaluate`: success rate of a policy in the real simulator, alone or against a baseline."
     args, preset = parse_preset(_parser(), argv)
     folders = {"baseline": args.baseline, "policy": args.policy} if args.baseline else {"policy": args.policy}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = start_processes().device
     policies = {name: load_policy(folder, preset, args.stats).to(device) for name, folder in folders.items()}
     states = _exam_states(args, preset)
-    run = Run(args.output, preset, f"wmpo-evaluate --states {args.states}" if args.states else "wmpo-evaluate", args.seed, args.resume)
+    run = open_run(args, preset, f"wmpo-evaluate --states {args.states}" if args.states else "wmpo-evaluate")
     with run.stage("evaluate"): evaluations = _evaluate_all(policies, preset, states, run.folder / "evaluations.json")
     table = success_table(evaluations)
+    if not is_main(): return
     with atomic_write(run.folder / "evaluation.md") as temporary: temporary.write_text(table + "\n")
     print(table)
+
+# %% ../nbs/15_evaluation.ipynb #91e506ae
+if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

@@ -76,7 +76,7 @@ def stage_log(run: Run, stage: str):
 # %% ../nbs/17_from_scratch.ipynb #967f8a44
 def stage_checkpoints(run: Run, stage: str, config) -> Checkpointer:
     "Checkpoints of one stage, in its own folder."
-    return Checkpointer(run.folder / "checkpoints" / stage, config.checkpoint_every)
+    return run.checkpointer(config.checkpoint_every, stage)
 
 # %% ../nbs/17_from_scratch.ipynb #bbe354ce
 def pretraining_batches(run: Run, preset: Preset) -> list[TrajectoryBatch]:

@@ -222,6 +222,9 @@ class GRPOConfig:
     group_size: int = 8                                # G
     groups: int = 8                                    # informative groups per iteration
     max_draws: int = 2                                 # rounds of `groups` fresh states before an iteration settles for fewer
+    rollout_groups: int = 2                            # groups tried in one batch: the unit of work that processes share
+    draw_multiple: int = 1                             # draw a multiple of this many states; groups beyond `groups` wait for the next iteration
+    start_kl: bool = True                              # log the distance from the start policy: one more policy in memory, one more forward pass
     mini_batch: int = 32                               # trajectories per optimiser step
     micro_batch: int = 8                               # trajectories per forward pass
     learning_rate: float = 2e-4
@@ -324,7 +327,8 @@ def _paper_training() -> dict:
         reward_training=RewardTrainConfig(steps=200_000, optimizer="adamw", learning_rate=1e-4, weight_decay=1e-4, warmup_steps=0,
                                           decay_steps=0, ema=0.0, margin=8, hard_steps=0, mining=1, image_shift=0, jitter=0.0,
                                           pixel_noise=0.0, checkpoint_every=500),
-        grpo=GRPOConfig(iterations=100, groups=64, max_draws=4, mini_batch=128, micro_batch=1, learning_rate=5e-6),
+        grpo=GRPOConfig(iterations=100, groups=64, max_draws=4, draw_multiple=64, start_kl=False, mini_batch=128, micro_batch=1,
+                        learning_rate=5e-6),
         evaluation=EvaluationConfig(states=128))
 
 # %% ../nbs/00_presets.ipynb #58896abb

@@ -4,11 +4,13 @@
 __all__ = ['RELEASED_NAMES', 'NEGATIVE_SHARES', 'resize_and_crop', 'preprocess', 'make_videomae', 'SuccessClassifier',
            'rename_keys', 'write_released_keys', 'read_released_keys', 'score_clips', 'clip_ends', 'trajectory_scores',
            'decide', 'judge', 'clip_pools', 'clips_at', 'sample_clips', 'augment', 'hardest', 'f1_score',
-           'select_threshold', 'calibrate', 'split_trajectories', 'block_named', 'checked_pools', 'clip_loss',
-           'train_reward', 'save_reward', 'load_reward', 'load_pth', 'save_pth', 'main']
+           'select_threshold', 'calibrate', 'split_trajectories', 'block_named', 'checked_pools', 'mined_clips',
+           'clip_terms', 'train_reward', 'save_reward', 'load_reward', 'load_pth', 'save_pth', 'main']
 
 # %% ../nbs/11_reward.ipynb #852bffb9
+import sys
 from dataclasses import replace
+from functools import partial
 
 # %% ../nbs/11_reward.ipynb #b9f74e56
 import torch
@@ -18,8 +20,8 @@ from torch.nn import functional as F
 # %% ../nbs/11_reward.ipynb #02aa1e4d
 from .presets import Preset, RewardConfig, RewardTrainConfig, UserError
 from .run import (
-    EMA, Checkpointer, Run, check_fits, command, config_of, fast_precision, load_into, load_pickled, make_optimizer,
-    optimizer_step, parse_preset, preset_parser, progress, save_tensors, save_weights)
+    EMA, check_fits, command, config_of, fast_precision, is_main, load_into, load_pickled, make_optimizer, open_run,
+    parse_preset, prepare, preset_parser, progress, save_tensors, save_weights, start_processes, train_step)
 from .trajectory import TrajectoryBatch, read_shards
 
 # %% ../nbs/11_reward.ipynb #78126d8d
@@ -258,31 +260,33 @@ def checked_pools(batch: TrajectoryBatch, config: RewardTrainConfig, clip_length
     return pools
 
 # %% ../nbs/11_reward.ipynb #bd2f6ce3
-def clip_loss(model, classifier: SuccessClassifier, batch: TrajectoryBatch, pools: dict, config: RewardTrainConfig,
-              generator: torch.Generator) -> tuple:
-    "Cross-entropy and accuracy on one mined batch; `model` is `classifier`, possibly wrapped for several processes."
+def mined_clips(classifier: SuccessClassifier, batch: TrajectoryBatch, pools: dict, config: RewardTrainConfig,
+                generator: torch.Generator) -> tuple:
+    "One batch to learn from: pixel values [N, L, 3, size, size] and labels int64 [N], on the classifier's device."
     device, half = next(classifier.parameters()).device, config.batch_size // 2
     clips, labels = sample_clips(batch, pools, half, half * config.mining, generator, classifier.config.clip_length)
     pixels = preprocess(augment(clips, config, generator), classifier.config).to(device)
-    with fast_precision(device):
-        chosen = hardest(classifier, pixels, half)
-        logits, labels = model(pixels[chosen]), labels.to(device)[chosen]
-    return F.cross_entropy(logits, labels), (logits.argmax(1) == labels).float().mean()
+    with fast_precision(device): chosen = hardest(classifier, pixels, half)
+    return pixels[chosen], labels.to(device)[chosen]
 
 # %% ../nbs/11_reward.ipynb #0c7ef850
+def clip_terms(model, pixels: torch.Tensor, labels: torch.Tensor) -> dict:
+    "Cross-entropy (`loss`) and `accuracy`; `model` is the classifier, possibly wrapped for several processes."
+    with fast_precision(pixels.device): logits = model(pixels)
+    return {"loss": F.cross_entropy(logits, labels), "accuracy": (logits.argmax(1) == labels).float().mean()}
+
+# %% ../nbs/11_reward.ipynb #3900ce8e
 def _fit(classifier: SuccessClassifier, batch: TrajectoryBatch, pools: dict, config: RewardTrainConfig, seed: int, checkpointer, log):
     "The training loop; the classifier gets the averaged weights."
-    from accelerate import Accelerator
-    accelerator = Accelerator()
-    generator = torch.Generator().manual_seed(seed + accelerator.process_index)
-    model, optimizer = accelerator.prepare(classifier.train(), make_optimizer(block_named(classifier), config))
+    accelerator, generator = start_processes(), torch.Generator().manual_seed(seed)
+    model, optimizer = prepare(accelerator, classifier.train(), make_optimizer(block_named(classifier), config))
     ema, start = EMA(classifier, config.ema), 0
     if checkpointer: start = checkpointer.register(reward=classifier, optimizer=optimizer, ema=ema, generator=generator).restore()
     for step in progress(config.steps, "reward", start):
-        loss, accuracy = clip_loss(model, classifier, batch, pools, config, generator)
-        norm = optimizer_step(accelerator, loss, model, optimizer, step, config, checkpointer)
+        clips = mined_clips(classifier, batch, pools, config, generator)
+        terms = train_step(accelerator, partial(clip_terms, model), clips, model, optimizer, step, config, checkpointer)
         ema.update(classifier)
-        if log and step % config.log_every == 0: log(step, loss=loss.item(), accuracy=accuracy.item(), gradient_norm=norm)
+        if log and step % config.log_every == 0: log(step, **terms)
         if checkpointer: checkpointer.maybe_save(step + 1)
     ema.copy_to(classifier)
 
@@ -355,10 +359,15 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     classifier, batch = load_reward(args.start, preset=preset) if args.start else SuccessClassifier(preset.reward), read_shards(args.data)
     if args.vae: batch = reconstruct_batch(load_vae(args.vae), batch)
-    run = Run(args.output, preset, "wmpo-train-reward", args.seed, args.resume)
+    run = open_run(args, preset, "wmpo-train-reward")
     with run.stage("reward"):
         classifier = train_reward(classifier, batch, config, seed=args.seed,
-                                  checkpointer=Checkpointer(run.folder / "checkpoints", config.checkpoint_every),
+                                  checkpointer=run.checkpointer(config.checkpoint_every),
                                   log=lambda step, **numbers: run.log("reward", step, **numbers))
-    save_reward(run.folder / "reward.safetensors", classifier)
-    print(f"{run.folder / 'reward.safetensors'}: " + ", ".join(f"{k} {v:.3f}" for k, v in classifier.metrics.items()))
+    run.close()
+    if is_main():
+        save_reward(run.folder / "reward.safetensors", classifier)
+        print(f"{run.folder / 'reward.safetensors'}: " + ", ".join(f"{k} {v:.3f}" for k, v in classifier.metrics.items()))
+
+# %% ../nbs/11_reward.ipynb #3be740e0
+if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

@@ -3,11 +3,14 @@
 # %% auto #0
 __all__ = ['atomic_write', 'save_weights', 'load_weights', 'config_of', 'load_metrics', 'check_fits', 'load_into', 'load_pickled',
            'load_tensors', 'save_tensors', 'EMA', 'learning_rate_at', 'Optimizers', 'is_block_matrix', 'make_optimizer',
-           'fast_precision', 'check_finite', 'optimizer_step', 'Checkpointer', 'progress', 'Ledger', 'read_metrics',
-           'Run', 'preset_parser', 'parse_preset', 'command']
+           'processes', 'start_processes', 'sum_over_processes', 'wait_for_all', 'my_share', 'shards_weights',
+           'prepare', 'sum_gradients', 'Stopped', 'heed_sigterm', 'asked_to_stop', 'stop', 'stop_if_asked',
+           'fast_precision', 'Diverged', 'check_finite', 'optimizer_step', 'train_step', 'is_main', 'Checkpointer',
+           'progress', 'Ledger', 'read_metrics', 'make_trackers', 'Run', 'preset_parser', 'parse_preset', 'open_run',
+           'command']
 
 # %% ../nbs/01_run.ipynb #a6210534
-import argparse, dataclasses, difflib, errno, functools, json, math, os, pickle, random, shutil, sys, textwrap, time
+import argparse, dataclasses, difflib, errno, functools, json, math, os, pickle, random, shutil, signal, sys, textwrap, threading, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -290,37 +293,200 @@ def make_optimizer(named_parameters, config):
         for group in o.param_groups: group["initial_lr"] = group["lr"]
     return optimizers[0] if len(optimizers) == 1 else Optimizers(*optimizers)
 
+# %% ../nbs/01_run.ipynb #c9f48fd0
+def processes() -> tuple[int, int]:
+    "(index of this process, how many there are) in the group that `start_processes` has joined; (0, 1) without one."
+    group = torch.distributed
+    return (group.get_rank(), group.get_world_size()) if group.is_available() and group.is_initialized() else (0, 1)
+
+# %% ../nbs/01_run.ipynb #9e47124d
+@functools.cache
+def _warn_if_alone():
+    "Say so, once, when accelerate was asked for several processes and started one."
+    launched = {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ
+    if launched: print("warning: accelerate launch was asked for several processes but started only this one, as it does with "
+                       "--cpu. Use: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N -m ...", file=sys.stderr)
+    return launched
+
+# %% ../nbs/01_run.ipynb #eb90929c
+def start_processes():
+    "accelerate's `Accelerator`. Joins the other processes of the launch, if there are any; a second call changes nothing."
+    from accelerate import Accelerator
+    _warn_if_alone()
+    return Accelerator()
+
+# %% ../nbs/01_run.ipynb #7a3968a1
+@torch.no_grad()
+def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
+    "The sum of `tensor` over all processes, of its dtype and on its device. All must call it, in one order and with one shape."
+    if processes()[1] == 1: return tensor
+    device = "cuda" if "nccl" in torch.distributed.get_backend() else "cpu"
+    total = tensor.to(device, torch.int64 if tensor.dtype == torch.bool else None, copy=True).contiguous()
+    torch.distributed.all_reduce(total)
+    return total.to(tensor.device, tensor.dtype)
+
+# %% ../nbs/01_run.ipynb #64d9136b
+def wait_for_all():
+    "Return once every process has come here."
+    sum_over_processes(torch.zeros(1))
+
+# %% ../nbs/01_run.ipynb #723938e5
+def my_share(count: int) -> range:
+    "Indices of the items, of `count`, that are this process's to do."
+    rank, total = processes()
+    return range(rank, count, total)
+
+# %% ../nbs/01_run.ipynb #f4a3ffd8
+def shards_weights(accelerator) -> bool:
+    "Whether weights and gradients are spread over the processes by FSDP or DeepSpeed."
+    return accelerator.distributed_type.name in ("FSDP", "DEEPSPEED")
+
+# %% ../nbs/01_run.ipynb #3566d47c
+def prepare(accelerator, module: nn.Module, optimizer) -> tuple:
+    "`module` and `optimizer`, ready for `train_step`. No wrapper where the weights are whole: `sum_gradients` does its work."
+    if shards_weights(accelerator): return accelerator.prepare(module, optimizer)
+    return module.to(accelerator.device), accelerator.prepare(optimizer)
+
+# %% ../nbs/01_run.ipynb #14c9383f
+def _buckets(tensors: list, size: int = 2**25):
+    "Lists of `tensors` of about `size` numbers: one message each instead of one for each little bias."
+    bucket, held = [], 0
+    for tensor in tensors:
+        bucket, held = [*bucket, tensor], held + tensor.numel()
+        if held >= size: yield bucket; bucket, held = [], 0
+    if bucket: yield bucket
+
+# %% ../nbs/01_run.ipynb #621d3ec4
+@torch.no_grad()
+def sum_gradients(parameters):
+    "Replace the gradients of `parameters` by their sums over all processes."
+    parameters = [p for p in parameters if p.requires_grad]
+    if processes()[1] == 1: return
+    used = sum_over_processes(torch.tensor([p.grad is not None for p in parameters])).tolist()
+    for bucket in _buckets([p for p, has in zip(parameters, used) if has]):
+        for p in bucket: p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        total = sum_over_processes(torch.cat([p.grad.flatten() for p in bucket]))
+        for p, part in zip(bucket, total.split([p.numel() for p in bucket])): p.grad.copy_(part.view_as(p))
+
+# %% ../nbs/01_run.ipynb #7bd490a1
+class Stopped(Exception):
+    "SIGTERM came, and what must survive is on the disk."
+_STOP = threading.Event()
+
+# %% ../nbs/01_run.ipynb #49891c95
+@contextmanager
+def heed_sigterm():
+    "Inside, SIGTERM asks the running loop to save and stop (`asked_to_stop`). Does nothing outside the main thread."
+    if threading.current_thread() is not threading.main_thread(): yield; return
+    def note(*_):
+        _STOP.set()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    previous = signal.signal(signal.SIGTERM, note)
+    try: yield
+    finally: signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
+
+# %% ../nbs/01_run.ipynb #e42d1fff
+def asked_to_stop() -> bool:
+    "Whether any process has been told to stop. All must ask, together."
+    return bool(sum_over_processes(torch.tensor(int(_STOP.is_set()))))
+
+def stop(saved):
+    "Raise `Stopped`; `saved` says what is on the disk."
+    _STOP.clear()
+    raise Stopped(f"told to stop (SIGTERM): {saved}. The same command with --resume goes on from there")
+
+def stop_if_asked(saved):
+    "`stop` if any process was told to."
+    if asked_to_stop(): stop(saved)
+
 # %% ../nbs/01_run.ipynb #3d7160b3
 def fast_precision(device, enabled: bool = True):
-    "Autocast to bfloat16 where `device` multiplies it in hardware: CUDA, or a CPU with AVX-512 bf16 or AMX. Else float32."
-    device = torch.device(device)
+    """Autocast to bfloat16 where `device` multiplies it in hardware: CUDA, or a CPU with AVX-512 bf16 or AMX. Else float32.
+    WMPO_PRECISION in the environment ("bf16", "fp32", set by --precision) decides otherwise."""
+    device, choice = torch.device(device), os.environ.get("WMPO_PRECISION", "auto")
     fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    if choice != "auto": fast = choice == "bf16"
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled and fast)
 
 # %% ../nbs/01_run.ipynb #b6d8ed3d
-def check_finite(loss: float, step: int, checkpointer=None):
-    "Raise `RuntimeError`, naming the last checkpoint, if `loss` is not a finite number."
-    if math.isfinite(loss): return
-    last = (checkpointer.saved() if checkpointer else [])[-1:]
-    raise RuntimeError(f"the loss is {loss} at step {step}. Last checkpoint: {last[0] if last else 'none'}. "
-                       "Try a smaller learning rate")
+class Diverged(UserError, RuntimeError):
+    "Training went wrong in a way that more steps will not mend."
 
 # %% ../nbs/01_run.ipynb #a68b2bb6
-def optimizer_step(accelerator, loss, model, optimizer, step: int, config, checkpointer=None) -> float:
-    """Back-propagate `loss`, clip to `config.grad_clip`, and take one step at the scheduled learning rate.
+def _last_good(checkpointer) -> str:
+    "The newest checkpoint, as text."
+    saved = checkpointer.saved() if checkpointer else []
+    return f"Last checkpoint: {saved[-1] if saved else 'none'}. Try a smaller learning rate"
 
-    `step` counts from 0. Returns the norm before clipping. Raises `RuntimeError` on a loss that is not a number.
+# %% ../nbs/01_run.ipynb #2ea2bea6
+def check_finite(loss: float, step: int, checkpointer=None, explosion: float = 100.0):
+    """Raise `Diverged`, naming the last checkpoint, if `loss` is not a finite number, or (with a `checkpointer`, whose
+    `extra` keeps the average) if it is `explosion` times the average of the last fifty."""
+    if not math.isfinite(loss): raise Diverged(f"the loss is {loss} at step {step}. {_last_good(checkpointer)}")
+    if checkpointer is None: return
+    usual, count = checkpointer.extra.get("usual_loss", (0.0, 0))
+    if count >= 20 and loss > explosion * usual:
+        raise Diverged(f"the loss explodes: {loss:.3g} at step {step}, where {usual:.3g} was usual. {_last_good(checkpointer)}")
+    share = 1 / min(count + 1, 50)
+    checkpointer.extra["usual_loss"] = [usual + share * (abs(loss) - usual), count + 1]
+
+# %% ../nbs/01_run.ipynb #5c0389c2
+def _apply_gradients(accelerator, model, optimizer, step: int, config, checkpointer) -> float:
+    "Clip, and take the step; returns the norm before clipping."
+    norm = float(accelerator.clip_grad_norm_(model.parameters(), getattr(config, "grad_clip", None) or math.inf))
+    if not math.isfinite(norm): raise Diverged(f"the gradient's norm is {norm} at step {step}. {_last_good(checkpointer)}")
+    for group in optimizer.param_groups: group["lr"] = group["initial_lr"] * _schedule(step, config)
+    optimizer.step()
+    return norm
+
+# %% ../nbs/01_run.ipynb #1af88b97
+def optimizer_step(accelerator, loss, model, optimizer, step: int, config, checkpointer=None) -> float:
+    """Back-propagate `loss`, clip to `config.grad_clip`, and take one step at the scheduled learning rate, in one process.
+
+    `step` counts from 0. Returns the norm before clipping. Raises `Diverged` on a loss that is not a number, or explodes.
     """
     check_finite(loss.item(), step, checkpointer)
-    for group in optimizer.param_groups: group["lr"] = group["initial_lr"] * _schedule(step, config)
     optimizer.zero_grad()
     accelerator.backward(loss)
-    norm = accelerator.clip_grad_norm_(model.parameters(), getattr(config, "grad_clip", None) or math.inf)
-    optimizer.step()
-    return float(norm)
+    return _apply_gradients(accelerator, model, optimizer, step, config, checkpointer)
+
+# %% ../nbs/01_run.ipynb #f40e8f9c
+def _my_parts(batch: tuple, accelerator) -> list:
+    "The parts of `batch`, tensors [B, ...], that are this process's, as many as accelerate accumulates."
+    (rank, total), each = processes(), accelerator.gradient_accumulation_steps
+    if len(batch[0]) < total * each:
+        raise UserError(f"a batch of {len(batch[0])} cannot be shared by {total} processes in {each} parts: make the batch larger")
+    bounds = [len(batch[0]) * i // (total * each) for i in range(total * each + 1)]
+    return [[x[a:b] for x in batch] for a, b in list(zip(bounds, bounds[1:]))[rank * each:(rank + 1) * each]]
+
+# %% ../nbs/01_run.ipynb #8b2470ba
+def _accumulate(accelerator, loss_of, batch: tuple, model) -> dict:
+    "Back-propagate this process's share of `batch`; the means of all terms over the whole of it, as numbers."
+    weigh, terms = processes()[1] if shards_weights(accelerator) else 1, {}
+    for part in _my_parts(batch, accelerator):
+        with accelerator.accumulate(model):
+            found, share = loss_of(*part), len(part[0]) / len(batch[0])
+            # accelerate divides by the number of passes, FSDP by that of processes; the share does both already
+            accelerator.backward(found["loss"] * (share * weigh * accelerator.gradient_accumulation_steps))
+        for name, value in found.items(): terms[name] = terms.get(name, 0.0) + value.detach().float().cpu() * share
+    totals = sum_over_processes(torch.stack(list(terms.values())))
+    return dict(zip(terms, totals.tolist()))
+
+# %% ../nbs/01_run.ipynb #355ec8f6
+def train_step(accelerator, loss_of, batch: tuple, model, optimizer, step: int, config, checkpointer=None) -> dict:
+    """One optimiser step on `batch`, tensors [B, ...] that all processes have drawn alike and of which each takes its share.
+
+    `loss_of(*part)` gives means over a part of the batch by name, `loss` among them. Returns them for the whole batch, and
+    `gradient_norm`. The result does not depend on the number of processes or passes, but for rounding. Raises as `optimizer_step`.
+    """
+    optimizer.zero_grad()
+    terms = _accumulate(accelerator, loss_of, batch, model)
+    check_finite(terms["loss"], step, checkpointer)
+    if not shards_weights(accelerator): sum_gradients(model.parameters())
+    return terms | {"gradient_norm": _apply_gradients(accelerator, model, optimizer, step, config, checkpointer)}
 
 # %% ../nbs/01_run.ipynb #8ee2cd12
-def _is_main() -> bool:
+def is_main() -> bool:
     "Whether this process writes files (of several launched by accelerate or torchrun, the first)."
     return int(os.environ.get("RANK", "0")) == 0
 
@@ -348,7 +514,7 @@ class Checkpointer:
 
     def __init__(self, folder, every: int, keep: int = 2):
         self.folder, self.every, self.keep = Path(folder), every, keep
-        self.objects, self.extra = {}, {}
+        self.objects, self.extra, self.written = {}, {}, False
 
     def register(self, **objects):
         "Objects with `state_dict` and `load_state_dict` (modules, optimisers, `EMA`, `Ledger`) and `torch.Generator`s."
@@ -360,26 +526,49 @@ class Checkpointer:
         return sorted(path for path in self.folder.glob("step_*") if path.suffix != ".tmp")
 
     def maybe_save(self, step: int):
-        "Save if `step` (the number of steps done) is a multiple of `every`."
-        if self.every and step % self.every == 0: self.save(step)
+        "Save if `step` (the number of steps done) is a multiple of `every`, or if told to stop; then raise `Stopped`."
+        asked = asked_to_stop()
+        if asked or self.every and step % self.every == 0: self.save(step)
+        if asked: stop(f"checkpoint {self.folder}/step_{step:06d} is written")
 
 # %% ../nbs/01_run.ipynb #c7244cef
 @patch
-def save(self: Checkpointer, step: int):
-    "Write the checkpoint of `step` and remove the oldest ones."
-    if not _is_main(): return
+def _write(self: Checkpointer, folder: Path, step: int):
+    "Write everything into `folder` and return once the disk has it."
     objects = {name: o.get_state() if isinstance(o, torch.Generator) else o.state_dict()
                for name, o in self.objects.items()}
+    folder.mkdir(parents=True)
+    torch.save({"step": step, "random": _random_state(), "objects": objects}, folder/"state.pt")
+    (folder/"extra.json").write_text(json.dumps(self.extra))
+    for path in (folder/"state.pt", folder/"extra.json", folder): _fsync(path)
+
+# %% ../nbs/01_run.ipynb #dffbfddc
+@patch
+def _cannot_write(self: Checkpointer, error) -> UserError:
+    "The error of a checkpoint that could not be written, as one line."
+    saved, free = self.saved(), shutil.disk_usage(self.folder if self.folder.exists() else ".").free / 1e6
+    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    return UserError(f"cannot write a checkpoint to {self.folder} ({reason}; {free:.0f} MB free). Last good checkpoint: "
+                     f"{saved[-1] if saved else 'none'}. Make room, then go on with --resume")
+
+# %% ../nbs/01_run.ipynb #23b9d292
+@patch
+def save(self: Checkpointer, step: int):
+    "Write the checkpoint of `step` and remove the oldest ones. Raises `UserError` if it cannot; older ones are untouched."
+    if not is_main(): return
+    if self.written and not self.folder.is_dir():
+        raise UserError(f"{self.folder} was deleted while the run was writing to it: its checkpoints are gone. Start again")
     final = self.folder/f"step_{step:06d}"
     temporary = final.with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    torch.save({"step": step, "random": _random_state(), "objects": objects}, temporary/"state.pt")
-    (temporary/"extra.json").write_text(json.dumps(self.extra))
-    for path in (temporary/"state.pt", temporary/"extra.json", temporary): _fsync(path)
+    try: self._write(temporary, step)
+    except (OSError, RuntimeError) as error:            # torch reports a full disk as a RuntimeError
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise self._cannot_write(error) from None
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
     _fsync(self.folder)
+    self.written = True
     for old in self.saved()[:-self.keep]: shutil.rmtree(old)
 
 # %% ../nbs/01_run.ipynb #637fb5e8
@@ -416,7 +605,7 @@ def progress(iterable_or_total, desc: str, start: int = 0):
     total = start + len(steps) if hasattr(steps, "__len__") else None
     # in a log file a line every ten seconds, and none for what is over in two
     interval = 0.5 if sys.stderr.isatty() else 10
-    return tqdm(steps, desc=desc, initial=start, total=total, mininterval=interval, delay=2, disable=not _is_main())
+    return tqdm(steps, desc=desc, initial=start, total=total, mininterval=interval, delay=2, disable=not is_main())
 
 # %% ../nbs/01_run.ipynb #6d69fe29
 @dataclass
@@ -478,7 +667,8 @@ def _first_difference(old: dict, new: dict, path: str = "") -> str | None:
 
 # %% ../nbs/01_run.ipynb #770f201f
 def _number(value):
-    "A metric as JSON can hold it: a float, or None where it is not finite."
+    "A metric as JSON can hold it: a float, or None where it is not finite; a list of them for a histogram's counts."
+    if isinstance(value, (list, tuple)): return [_number(v) for v in value]
     value = float(value.detach() if isinstance(value, torch.Tensor) else value)
     return value if math.isfinite(value) else None
 
@@ -492,16 +682,28 @@ def read_metrics(folder) -> list[dict]:
     return entries
 
 # %% ../nbs/01_run.ipynb #bb112e1c
+def make_trackers(names, project: str) -> list:
+    "accelerate's trackers by name, started for `project`; none in other processes than the first. `UserError` if one is not installed."
+    if not names or not is_main(): return []
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+    start_processes()                     # the trackers ask accelerate which process they are in
+    try: return [LOGGER_TYPE_TO_CLASS[name](project.split()[0]) for name in names]
+    except (ImportError, NameError, AttributeError) as error:
+        raise UserError(f"--log-with {' '.join(names)}: {error}. Install it with pip, or leave the option out") from None
+
+# %% ../nbs/01_run.ipynb #a052bdee
 class Run:
     """The folder of one run: config.json, metrics.jsonl, tensorboard/, ledger.json, done.json.
 
-    Raises `UserError` if the folder cannot be written, if it holds a run and `resume` is False, or if `resume` finds
-    another command, seed or preset there."""
+    `keep`: how many checkpoints of a stage are kept. `log_with`: names for `make_trackers`. Raises `UserError` if the folder
+    cannot be written, if it holds a run and `resume` is False, or if `resume` finds another command, seed or preset there."""
 
-    def __init__(self, output, preset: Preset, command: str, seed: int = 0, resume: bool = False):
-        self.folder, self.preset, self.command, self.seed = Path(output), preset, command, seed
-        self.ledger, self._writers, self._done = Ledger(), {}, []
-        if _is_main(): self._claim({"command": command, "seed": seed, "preset": preset.to_dict()}, resume)
+    def __init__(self, output, preset: Preset, command: str, seed: int = 0, resume: bool = False, keep: int = 2, log_with=()):
+        self.folder, self.preset, self.command, self.seed, self.keep = Path(output), preset, command, seed, keep
+        self.ledger, self._writers, self._done, self._trackers = Ledger(), {}, [], make_trackers(log_with, command)
+        self._rewound = set() if resume else None                # stages whose old entries are gone
+        if is_main(): self._claim({"command": command, "seed": seed, "preset": preset.to_dict()}, resume)
+        for tracker in self._trackers: tracker.store_init_configuration({"seed": seed} | preset.to_dict())
         if resume: self._recall()
 
     def _recall(self):
@@ -509,8 +711,12 @@ class Run:
         if ledger.exists(): self.ledger.load_state_dict(json.loads(ledger.read_text()))
         if done.exists(): self._done = json.loads(done.read_text())
 
+    def checkpointer(self, every: int, stage: str = "") -> Checkpointer:
+        "Checkpoints of one `stage`, `every` so many steps."
+        return Checkpointer(self.folder/"checkpoints"/stage, every, self.keep)
+
     def _write(self, name: str, content):
-        if not _is_main(): return
+        if not is_main(): return
         with atomic_write(self.folder/name) as temporary: temporary.write_text(json.dumps(content, indent=1))
 
 # %% ../nbs/01_run.ipynb #a271e79e
@@ -536,21 +742,33 @@ def _writer(self: Run, stage: str, purge_step: int | None = None):
     return self._writers[stage]
 
 # %% ../nbs/01_run.ipynb #a22ad5bd
+def _bars(writer, name: str, counts: list, step: int):
+    "Show `counts` of equal bins over [0, 1] as a histogram."
+    middles = (np.arange(len(counts)) + 0.5) / len(counts)
+    if sum(counts): writer.add_histogram(name, np.repeat(middles, np.asarray(counts, dtype=int)), step, bins=len(counts))
+
+# %% ../nbs/01_run.ipynb #ff804a95
 @patch
 def log(self: Run, stage: str, step: int, **numbers):
     "Append one entry to metrics.jsonl and TensorBoard. `step` is the index of the loop, from 0."
-    if not _is_main(): return
+    if not is_main(): return
+    if not self.folder.is_dir(): raise UserError(f"{self.folder} was deleted while the run was writing to it. Start again")
+    if self._rewound is not None and stage not in self._rewound: self.rewind(stage, step)
     numbers = {name: _number(value) for name, value in numbers.items()}
     with open(self.folder/"metrics.jsonl", "a") as file:
         file.write(json.dumps({"stage": stage, "step": step, **numbers}) + "\n")
+    flat = {name: value for name, value in numbers.items() if isinstance(value, float)}
+    for name, value in flat.items(): self._writer(stage).add_scalar(name, value, step)
     for name, value in numbers.items():
-        if value is not None: self._writer(stage).add_scalar(name, value, step)
+        if isinstance(value, list): _bars(self._writer(stage), name, value, step)
+    for tracker in self._trackers: tracker.log({f"{stage}/{name}": value for name, value in flat.items()}, step=step)
 
 # %% ../nbs/01_run.ipynb #badc79cf
 @patch
 def rewind(self: Run, stage: str, step: int):
     "Before a loop restarts at index `step`: drop the entries of `stage` from there on."
-    if not _is_main() or not (self.folder/"metrics.jsonl").exists(): return
+    if self._rewound is not None: self._rewound.add(stage)
+    if not is_main() or not (self.folder/"metrics.jsonl").exists(): return
     kept = [e for e in read_metrics(self.folder) if e["stage"] != stage or e["step"] < step]
     with atomic_write(self.folder/"metrics.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(e) + "\n" for e in kept))
@@ -560,8 +778,8 @@ def rewind(self: Run, stage: str, step: int):
 @patch
 @contextmanager
 def stage(self: Run, name: str):
-    "Time inside is booked on stage `name`; the ledger is written if the block succeeds."
-    with self.ledger.clock(name): yield
+    "Time inside is booked on stage `name`, SIGTERM is heeded; the ledger is written if the block succeeds."
+    with heed_sigterm(), self.ledger.clock(name): yield
     self._write("ledger.json", self.ledger.state_dict())
 
 @patch
@@ -575,10 +793,31 @@ def is_done(self: Run, stage: str) -> bool: return stage in self._done
 
 @patch
 def close(self: Run):
-    "Flush TensorBoard."
+    "Flush TensorBoard and close the trackers."
     for writer in self._writers.values(): writer.close()
+    for tracker in self._trackers: tracker.finish()
 
 # %% ../nbs/01_run.ipynb #4e4760b2
+def _add_cluster_options(parser):
+    "Options that matter for long runs on large machines. They change what a run costs, not (but for rounding) its result."
+    group = parser.add_argument_group("long runs, large machines")
+    group.add_argument("--keep", type=int, default=2, metavar="N", help="checkpoints to keep of each stage (default: 2)")
+    group.add_argument("--accumulate", type=int, metavar="N", help="passes a batch is computed in, to save memory (default: 1)")
+    group.add_argument("--precision", choices=("auto", "bf16", "fp32"),
+                       help="of the matrix products (default: auto, bf16 where the hardware has it)")
+    group.add_argument("--log-with", nargs="+", choices=("wandb", "trackio"), default=(), metavar="NAME",
+                       help="also log to wandb or trackio, which must be installed")
+
+# %% ../nbs/01_run.ipynb #dc8c348c
+def _set_environment(args):
+    "Hand --accumulate and --precision on. Raises `UserError` on a number below 1."
+    for name in ("keep", "accumulate"):
+        value = getattr(args, name, None)
+        if value is not None and value < 1: raise UserError(f"--{name} must be at least 1, not {value}")
+    if getattr(args, "accumulate", None): os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(args.accumulate)
+    if getattr(args, "precision", None): os.environ["WMPO_PRECISION"] = args.precision
+
+# %% ../nbs/01_run.ipynb #99e91299
 def preset_parser(prog: str, description: str, examples: str) -> argparse.ArgumentParser:
     "Parser with the options every command has; `examples` are shown under --help. Parse with `parse_preset`."
     stages = [f.name for f in dataclasses.fields(Preset) if f.name != "name"]
@@ -593,6 +832,7 @@ def preset_parser(prog: str, description: str, examples: str) -> argparse.Argume
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same result (default: 0)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --output from its last checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="say what memory, work and time it would take, and stop")
+    _add_cluster_options(parser)
     return parser
 
 # %% ../nbs/01_run.ipynb #23653817
@@ -623,20 +863,28 @@ def parse_preset(parser: argparse.ArgumentParser, argv: list[str] | None = None)
     preset = load_preset(args.preset, _overrides(rest, options))
     # loaded by name and only when asked: the estimate knows every network, and this room knows none
     if getattr(args, "dry_run", False): sys.exit(import_module("wmpo_nb.estimate").dry_run(parser.prog, args, preset))
+    _set_environment(args)
     return args, preset
+
+# %% ../nbs/01_run.ipynb #73ebe7a2
+def open_run(args, preset: Preset, command: str) -> Run:
+    "The `Run` of a command's arguments, as parsed by `parse_preset`."
+    return Run(args.output, preset, command, args.seed, args.resume, args.keep, args.log_with)
 
 # %% ../nbs/01_run.ipynb #764b7219
 # what is wrong with the user's disk is the user's to mend
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG)
 
 # %% ../nbs/01_run.ipynb #7d93ceff
 def command(main):
-    "Make `main(argv=None)` a console script. Exit code 2 and one line for a `UserError` or full disk, 130 for Ctrl-C."
+    """Make `main(argv=None)` a console script. Exit code 2 and one line for a `UserError` or full disk, 130 for Ctrl-C, 0 after
+    a SIGTERM that was heeded."""
     @functools.wraps(main)
     def wrapper(argv: list[str] | None = None) -> int:
         name = Path(sys.argv[0]).stem
         try: return main(argv) or 0
         except UserError as error: message, code = str(error), 2
+        except Stopped as reason: message, code = str(reason), 0
         except OSError as error:
             if error.errno not in _DISK_ERRORS: raise
             message, code = f"{error.strerror}: {error.filename or 'while writing'}", 2

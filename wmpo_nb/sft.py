@@ -4,12 +4,16 @@
 __all__ = ['policy_actions', 'demonstration_windows', 'smoothed_targets', 'imitation_loss', 'shift_images', 'train_sft', 'main']
 
 # %% ../nbs/05_sft.ipynb #8281f1da
+import sys
+
 import torch
 
 # %% ../nbs/05_sft.ipynb #66960fa7
 from .policy import OpenVLAOFT, action_ids, policy_images, tokenize_actions
 from .presets import SFTConfig
-from .run import EMA, Checkpointer, Run, command, make_optimizer, optimizer_step, parse_preset, preset_parser, progress
+from wmpo_nb.run import (
+    EMA, Checkpointer, command, is_main, make_optimizer, open_run, parse_preset, prepare, preset_parser, progress, start_processes,
+    train_step)
 from .trajectory import ActionStats, TrajectoryBatch, read_shards, window_starts
 
 # %% ../nbs/05_sft.ipynb #899e1dca
@@ -60,22 +64,22 @@ def train_sft(policy: OpenVLAOFT, frames: torch.Tensor, chunks: torch.Tensor, co
     """Clone `chunks` float32 [N, 8, 7] (normalised) from `frames` uint8 [N, H, W, 3]; the policy gets the averaged weights.
 
     `log(step, **numbers)` is called every `config.log_every` steps. With a `checkpointer` it goes on where it stopped."""
-    from accelerate import Accelerator
-    accelerator, generator = Accelerator(), torch.Generator().manual_seed(seed)
+    accelerator, generator = start_processes(), torch.Generator().manual_seed(seed)
     images = policy_images(frames, policy.config)
     tokens = tokenize_actions(chunks, policy.config)
-    model, optimizer = accelerator.prepare(policy, make_optimizer(policy.named_parameters(), config))
+    model, optimizer = prepare(accelerator, policy, make_optimizer(policy.named_parameters(), config))
     ema, start = EMA(policy, config.ema), 0
     targets = smoothed_targets(policy.config.bins, config.label_sigma).to(policy.device)
     if checkpointer: start = checkpointer.register(policy=policy, optimizer=optimizer, ema=ema, generator=generator).restore()
+    def loss_of(images, tokens):
+        with policy.autocast(): logits = model(*policy.inputs(images))[..., action_ids(policy.config)]
+        return {"loss": imitation_loss(logits, tokens.to(logits.device), targets, action_ids(policy.config).start)}
     for step in progress(config.steps, "sft", start):
         chosen = torch.randint(len(images), (config.batch_size,), generator=generator)
-        batch = shift_images(images[chosen], config.image_shift, generator)
-        with policy.autocast(): logits = model(*policy.inputs(batch))[..., action_ids(policy.config)]
-        loss = imitation_loss(logits, tokens[chosen].to(logits.device), targets, action_ids(policy.config).start)
-        norm = optimizer_step(accelerator, loss, model, optimizer, step, config, checkpointer)
+        batch = shift_images(images[chosen], config.image_shift, generator), tokens[chosen]
+        terms = train_step(accelerator, loss_of, batch, model, optimizer, step, config, checkpointer)
         ema.update(policy)
-        if log and step % config.log_every == 0: log(step, loss=loss.item(), gradient_norm=norm)
+        if log and step % config.log_every == 0: log(step, **terms)
         if checkpointer: checkpointer.maybe_save(step + 1)
     ema.copy_to(policy)
     return policy
@@ -90,7 +94,7 @@ def main(argv=None):
     parser.add_argument("--data", required=True, metavar="DIR", help="folder of demonstrations (*.tar), from wmpo-collect")
     args, preset = parse_preset(parser, argv)
     batch = read_shards(args.data)
-    run = Run(args.output, preset, "wmpo-sft", args.seed, args.resume)
+    run = open_run(args, preset, "wmpo-sft")
     executed = torch.cat([actions[:length] for actions, length in zip(batch.actions, batch.length)])
     stats = ActionStats.from_actions(executed)
     torch.manual_seed(args.seed)
@@ -98,6 +102,11 @@ def main(argv=None):
     frames, chunks = demonstration_windows(batch, stats, chunk=preset.policy.chunk_size, labels=batch.intended)
     with run.stage("sft"):
         train_sft(policy, frames, chunks, preset.sft, seed=args.seed, log=lambda step, **numbers: run.log("sft", step, **numbers),
-                  checkpointer=Checkpointer(run.folder / "checkpoints", preset.sft.checkpoint_every))
-    policy.save_pretrained(run.folder / "policy")
-    print(f"policy written to {run.folder / 'policy'}")
+                  checkpointer=run.checkpointer(preset.sft.checkpoint_every))
+    run.close()
+    if is_main():
+        policy.save_pretrained(run.folder / "policy")
+        print(f"policy written to {run.folder / 'policy'}")
+
+# %% ../nbs/05_sft.ipynb #12c35478
+if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

@@ -2,12 +2,14 @@
 
 # %% auto #0
 __all__ = ['to_pixels', 'to_frames', 'make_autoencoder', 'VAE', 'accept_diffusers_keys', 'fold_time', 'unfold_time', 'edge_loss',
-           'kl_loss', 'vae_loss', 'psnr', 'frame_sampler', 'normalise_latents', 'train_vae', 'training_terms',
-           'save_vae', 'load_vae', 'load_diffusers', 'save_diffusers', 'reconstruct_batch', 'main']
+           'kl_loss', 'vae_loss', 'psnr', 'frame_sampler', 'normalise_latents', 'train_vae', 'draw_disturbance',
+           'disturbed_terms', 'training_terms', 'save_vae', 'load_vae', 'load_diffusers', 'save_diffusers',
+           'reconstruct_batch', 'main']
 
 # %% ../nbs/06_vae.ipynb #d5a233d8
-import json
+import json, sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 # %% ../nbs/06_vae.ipynb #73632349
@@ -17,8 +19,8 @@ from torch import nn
 
 from .presets import UserError, VAEConfig, VAETrainConfig
 from .run import (
-    EMA, Checkpointer, Run, atomic_write, command, config_of, fast_precision, load_into, make_optimizer, optimizer_step,
-    parse_preset, preset_parser, progress, save_tensors, save_weights)
+    EMA, atomic_write, command, config_of, fast_precision, is_main, load_into, make_optimizer, open_run, parse_preset, prepare,
+    preset_parser, progress, save_tensors, save_weights, start_processes, train_step)
 from .trajectory import TrajectoryBatch, read_shards
 
 # %% ../nbs/06_vae.ipynb #15819d6d
@@ -191,20 +193,19 @@ def train_vae(vae: VAE, frames, config: VAETrainConfig, *, seed: int = 0, checkp
 
     `log(step, **numbers)` is called every `config.log_every` steps. The same seed gives the same weights, resumed or not.
     """
-    from accelerate import Accelerator
-    accelerator, sample = Accelerator(), frame_sampler(frames)
-    generator = torch.Generator().manual_seed(seed + accelerator.process_index)
-    model, optimizer = accelerator.prepare(vae.train(), make_optimizer(vae.named_parameters(), config))
+    accelerator, sample, generator = start_processes(), frame_sampler(frames), torch.Generator().manual_seed(seed)
+    model, optimizer = prepare(accelerator, vae.train(), make_optimizer(vae.named_parameters(), config))
     ema, start = EMA(vae, config.ema), 0
     if checkpointer is not None:
         checkpointer.register(vae=vae, optimizer=optimizer, ema=ema, generator=generator)
         start = checkpointer.restore()
     for step in progress(range(start, config.steps), "vae", start=start):
         frames = sample(config.batch_size, generator).to(accelerator.device)
-        terms = training_terms(model, vae, frames, config, generator)
-        optimizer_step(accelerator, terms["loss"], model, optimizer, step, config, checkpointer)
+        batch = frames, *draw_disturbance(vae, frames, config, generator)
+        loss_of = partial(disturbed_terms, model, config=config)
+        terms = train_step(accelerator, loss_of, batch, model, optimizer, step, config, checkpointer)
         ema.update(vae)
-        if log and step % config.log_every == 0: log(step, **{k: v.item() for k, v in terms.items()})
+        if log and step % config.log_every == 0: log(step, **terms)
         if checkpointer is not None: checkpointer.maybe_save(step + 1)
     ema.copy_to(vae)
     vae.eval()
@@ -212,15 +213,24 @@ def train_vae(vae: VAE, frames, config: VAETrainConfig, *, seed: int = 0, checkp
     return vae
 
 # %% ../nbs/06_vae.ipynb #46ebfb5e
-def training_terms(model, vae: VAE, frames: torch.Tensor, config: VAETrainConfig, generator: torch.Generator) -> dict:
-    "Terms of the loss on uint8 frames [N, H, W, 3]; `model` is `vae`, possibly wrapped for several processes."
-    device, count = frames.device, len(frames)
+def draw_disturbance(vae: VAE, frames: torch.Tensor, config: VAETrainConfig, generator: torch.Generator) -> tuple:
+    "The noise of one step: of the posterior and of the decoder's input, float32 [N, ...] each, and the latter's strength [N, 1, 1, 1]."
+    noise = torch.randn(2, len(frames), *vae.latent_shape(frames), generator=generator).to(frames.device)
+    return *noise, (config.latent_noise * torch.rand(len(frames), 1, 1, 1, generator=generator)).to(frames.device)
+
+# %% ../nbs/06_vae.ipynb #3dc17a4c
+def disturbed_terms(model, frames: torch.Tensor, posterior: torch.Tensor, disturbance: torch.Tensor, strength: torch.Tensor,
+                    config: VAETrainConfig) -> dict:
+    "Terms of the loss on uint8 frames [N, H, W, 3] with the noise of `draw_disturbance`; `model` is the VAE, possibly wrapped."
     images = fold_time(to_pixels(frames[:, None]))
-    noise = torch.randn(2, count, *vae.latent_shape(frames), generator=generator).to(device)
-    strength = (config.latent_noise * torch.rand(count, 1, 1, 1, generator=generator)).to(device)
-    with fast_precision(device):
-        pixels, mean, std = model(images, noise, strength)
+    with fast_precision(frames.device):
+        pixels, mean, std = model(images, torch.stack([posterior, disturbance]), strength)
     return vae_loss(pixels, images, mean, std, config)
+
+# %% ../nbs/06_vae.ipynb #2e00e7eb
+def training_terms(model, vae: VAE, frames: torch.Tensor, config: VAETrainConfig, generator: torch.Generator) -> dict:
+    "Terms of the loss on uint8 frames [N, H, W, 3] with fresh noise; `model` is `vae`, possibly wrapped for several processes."
+    return disturbed_terms(model, frames, *draw_disturbance(vae, frames, config, generator), config)
 
 # %% ../nbs/06_vae.ipynb #3def96de
 def save_vae(path, vae: VAE):
@@ -283,11 +293,16 @@ def main(argv=None):
         raise UserError(f"preset {preset.name} uses the released SDXL VAE: it is downloaded, not trained")
     batch = read_shards(args.data)
     frames = torch.cat([video[:length + 1] for video, length in zip(batch.frames, batch.length)])
-    run = Run(args.output, preset, "wmpo-train-vae", args.seed, args.resume)
+    run = open_run(args, preset, "wmpo-train-vae")
     torch.manual_seed(args.seed)
     with run.stage("vae"):
         vae = train_vae(VAE(preset.vae), frames, preset.vae_training, seed=args.seed,
-                        checkpointer=Checkpointer(run.folder / "checkpoints", preset.vae_training.checkpoint_every),
+                        checkpointer=run.checkpointer(preset.vae_training.checkpoint_every),
                         log=lambda step, **numbers: run.log("vae", step, **numbers))
-    save_vae(run.folder / "vae.safetensors", vae)
-    print(f"VAE written to {run.folder / 'vae.safetensors'}: {psnr(vae.reconstruct(frames[:256]), frames[:256]):.1f} dB")
+    run.close()
+    if is_main():
+        save_vae(run.folder / "vae.safetensors", vae)
+        print(f"VAE written to {run.folder / 'vae.safetensors'}: {psnr(vae.reconstruct(frames[:256]), frames[:256]):.1f} dB")
+
+# %% ../nbs/06_vae.ipynb #717424e6
+if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

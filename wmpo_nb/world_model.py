@@ -12,7 +12,7 @@ from torch import nn
 
 from .flow import add_noise, euler_sample, euler_timesteps, flow_loss, sample_timesteps, velocity_target
 from .presets import WorldModelConfig, WorldModelTrainConfig
-from .run import EMA, fast_precision, make_optimizer, optimizer_step, progress
+from .run import EMA, fast_precision, make_optimizer, prepare, progress, start_processes, train_step
 from .stdit import STDiT
 
 # %% ../nbs/09_world_model.ipynb #07ad7b04
@@ -46,11 +46,16 @@ def losses_at(self: WorldModel, latents, actions_n, noise, timestep):
 
 
 @patch
+def draw_noise(self: WorldModel, latents, generator):
+    "Random noise of the shape of `latents` [B, C, c + K, h, w], and timesteps [B]."
+    noise = torch.randn(latents.shape, generator=generator, device=generator.device).to(latents.device)
+    return noise, sample_timesteps(len(latents), generator, self.config.timestep_shift).to(latents.device)
+
+
+@patch
 def window_losses(self: WorldModel, latents, actions_n, generator):
     "Loss of each window at random noise and timesteps -> [B]. latents [B, C, c + K, h, w], actions_n [B, K, 7]."
-    noise = torch.randn(latents.shape, generator=generator, device=generator.device).to(latents.device)
-    timestep = sample_timesteps(len(latents), generator, self.config.timestep_shift).to(latents.device)
-    return self.losses_at(latents, actions_n, noise, timestep)
+    return self.losses_at(latents, actions_n, *self.draw_noise(latents, generator))
 
 # %% ../nbs/09_world_model.ipynb #c2e0dfd2
 @patch
@@ -60,9 +65,10 @@ def loss(self: WorldModel, latents, actions_n, generator):
 
 
 @patch
-def forward(self: WorldModel, latents, actions_n, generator):
-    "The loss, under the name that data-parallel wrappers call."
-    return self.loss(latents, actions_n, generator)
+def forward(self: WorldModel, latents, actions_n, noise, timestep=None):
+    "The mean loss, under the name that wrappers call, at given `noise` and `timestep` [B], or with a generator in the place of both."
+    if timestep is None: return self.loss(latents, actions_n, noise)
+    return self.losses_at(latents, actions_n, noise, timestep).mean()
 
 # %% ../nbs/09_world_model.ipynb #1b43b3c6
 def train_world_model(world_model: WorldModel, sample_windows: Callable, config: WorldModelTrainConfig, *, seed,
@@ -71,21 +77,21 @@ def train_world_model(world_model: WorldModel, sample_windows: Callable, config:
 
     `sample_windows(generator, count)` -> latents [count, C, c + K, h, w] and normalised actions [count, K, 7].
     `log(step, **numbers)` every `config.log_every` steps. The same seed gives the same weights, resumed or not."""
-    from accelerate import Accelerator
-    accelerator = Accelerator()
-    generator = torch.Generator().manual_seed(seed + accelerator.process_index)
+    accelerator, generator = start_processes(), torch.Generator().manual_seed(seed)
     if config.compile: world_model.stdit.compile()       # in place: the keys of the state dict stay
-    model, optimizer = accelerator.prepare(world_model.train(), make_optimizer(world_model.named_parameters(), config))
+    model, optimizer = prepare(accelerator, world_model.train(), make_optimizer(world_model.named_parameters(), config))
     ema, start = EMA(world_model, config.ema), 0
     if checkpointer is not None:
         checkpointer.register(world_model=world_model, optimizer=optimizer, ema=ema, generator=generator)
         start = checkpointer.restore()
+    def loss_of(*part):
+        with fast_precision(accelerator.device): return {"loss": model(*part)}
     for step in progress(range(start, config.steps), "world model", start=start):
         latents, actions_n = [x.to(accelerator.device) for x in sample_windows(generator, config.batch_size)]
-        with fast_precision(accelerator.device): loss = model(latents, actions_n, generator)
-        norm = optimizer_step(accelerator, loss, model, optimizer, step, config, checkpointer)
+        batch = latents, actions_n, *world_model.draw_noise(latents, generator)
+        terms = train_step(accelerator, loss_of, batch, model, optimizer, step, config, checkpointer)
         ema.update(world_model)
-        if log and step % config.log_every == 0: log(step, loss=loss.item(), gradient_norm=norm)
+        if log and step % config.log_every == 0: log(step, **terms)
         if checkpointer is not None: checkpointer.maybe_save(step + 1)
     ema.copy_to(world_model)
     return world_model.eval()
