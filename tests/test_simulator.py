@@ -41,7 +41,7 @@ def test_the_shadow_shows_how_near_the_unseen_hand_is():
     "The hand is above the picture at the start: only its shadow, which is darker than the table, tells where it is."
     dark = {}
     for shadows in (False, True):
-        env = Environment(replace(TASK, shadows=shadows))
+        env = Environment(replace(TASK, shadows=shadows, draw_arm=False, camera_position=(0.46, 0.24, 1.25), camera_target=(0, 0, 0.885)))
         env.reset(1)
         frame = env.frame().astype(int)
         red = frame[..., 0] > frame[..., 1:].max(-1) + 25
@@ -53,11 +53,28 @@ def test_the_shadow_shows_how_near_the_unseen_hand_is():
 def test_the_arm_above_the_hand_is_drawn_on_request():
     frames = []
     for draw_arm in (False, True):
-        env = Environment(replace(TASK, draw_arm=draw_arm, shadows=False))
+        env = Environment(replace(TASK, draw_arm=draw_arm))
         for _ in range(14): env.step([0, 0, -0.6, 0, 0, 0, -1])
         frames.append(env.frame().astype(int))
         env.close()
     assert (abs(frames[0] - frames[1]).max(-1) > 30).sum() > 20
+
+
+def test_a_second_camera_sees_what_the_first_cannot():
+    "Seen from the front, the cube's column in the upper half tells its y; seen from the side, in the lower half, its x."
+    env = Environment(replace(TASK, image_size=64, camera_position=(0.6, 0, 0.95), camera_target=(0, 0, 0.865), camera_fovy=15.0,
+                              second_camera=((0, 0.6, 0.95), (0, 0, 0.865), 15.0), draw_arm=False))
+    places, columns = [], []
+    for seed in range(8):
+        env.reset(seed)
+        frame = env.frame().astype(int)
+        red = frame[..., 0] > frame[..., 1:].max(-1) + 40
+        places.append(env.pose("cube")[0][:2])
+        columns.append([red[half].nonzero()[1].mean() for half in (slice(0, 32), slice(32, 64))])
+    env.close()
+    (x, y), (upper, lower) = np.array(places).T, np.array(columns).T
+    assert np.corrcoef(upper, y)[0, 1] > 0.97 and np.corrcoef(lower, x)[0, 1] < -0.97
+    assert abs(np.corrcoef(upper, x)[0, 1]) < 0.9 and frame.shape == (64, 64, 3)
 
 
 def test_slips_flip_the_gripper_only(env):

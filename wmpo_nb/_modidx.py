@@ -656,6 +656,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'wmpo_nb/simulator.py'),
                                    'wmpo_nb.simulator.Environment._lamp_above': ( 'simulator.html#environment._lamp_above',
                                                                                   'wmpo_nb/simulator.py'),
+                                   'wmpo_nb.simulator.Environment._look': ('simulator.html#environment._look', 'wmpo_nb/simulator.py'),
                                    'wmpo_nb.simulator.Environment._place_camera': ( 'simulator.html#environment._place_camera',
                                                                                     'wmpo_nb/simulator.py'),
                                    'wmpo_nb.simulator.Environment.close': ('simulator.html#environment.close', 'wmpo_nb/simulator.py'),

@@ -221,18 +221,16 @@ class Environment:
 def _place_camera(self: Environment, mujoco):
     task, model = self.task, self.model
     self.camera = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, "agentview")
-    model.cam_pos[self.camera] = task.camera_position
-    model.cam_quat[self.camera] = _camera_quaternion(task.camera_position, task.camera_target)
-    model.cam_fovy[self.camera] = task.camera_fovy
+    self.views = [(task.camera_position, task.camera_target, task.camera_fovy)] + [task.second_camera] * bool(task.second_camera)
     model.vis.quality.offsamples, model.vis.quality.shadowsize = 0, 512
     side = task.image_size * task.supersample
     model.vis.global_.offwidth = model.vis.global_.offheight = side
-    self.renderer = mujoco.Renderer(model, side, side)
+    self.renderer = mujoco.Renderer(model, side // len(self.views), side)
     self.visual = mujoco.MjvOption()
     self.visual.geomgroup[:] = [0, 1, 0, 0, 0, 0]      # robosuite keeps collision shapes in group 0
     if not task.draw_arm: self._hide_arm(mujoco)
     if task.shadows: self._lamp_above()
-    self.reflection = mujoco.mjtRndFlag.mjRND_REFLECTION
+    self.reflection, self._move_camera = mujoco.mjtRndFlag.mjRND_REFLECTION, mujoco.mj_camlight
 
 # %% ../nbs/03_simulator.ipynb #e0a3bb21
 @patch
@@ -304,12 +302,23 @@ def success(self: Environment) -> bool:
 # %% ../nbs/03_simulator.ipynb #09ad771c
 @patch
 def frame(self: Environment) -> np.ndarray:
-    "The camera's picture, uint8 [H, W, 3], upright RGB."
+    "What the cameras see, one below the other, uint8 [H, W, 3], upright RGB."
     self.env.sim.forward()                             # else the picture is one substep old
+    size, s = self.task.image_size, self.task.supersample
+    picture = np.concatenate([self._look(*view) for view in self.views])
+    return picture.reshape(size, s, size, s, 3).mean((1, 3)).astype(np.uint8)
+
+# %% ../nbs/03_simulator.ipynb #2bf5b563
+@patch
+def _look(self: Environment, position, target, fovy: float) -> np.ndarray:
+    "The picture from `position` towards `target`, both metres, before averaging."
+    self.model.cam_pos[self.camera] = position
+    self.model.cam_quat[self.camera] = _camera_quaternion(position, target)
+    self.model.cam_fovy[self.camera] = fovy
+    self._move_camera(self.model, self.data)
     self.renderer.update_scene(self.data, self.camera, self.visual)
     self.renderer.scene.flags[self.reflection] = 0
-    size, s = self.task.image_size, self.task.supersample
-    return self.renderer.render().reshape(size, s, size, s, 3).mean((1, 3)).astype(np.uint8)
+    return self.renderer.render()
 
 # %% ../nbs/03_simulator.ipynb #437080bf
 @patch
@@ -550,7 +559,7 @@ def scripted_styles(kind: str, count: int, seed: int = 0) -> list[Style]:
     "`count` styles of `kind` 'expert' (noisy execution), 'near_miss' (displaced grasps, retried) or 'play'."
     rng = np.random.default_rng(seed)
     draw = {"expert": lambda: Style(noise=rng.uniform(0, 0.25)),
-            "near_miss": lambda: Style(rng.uniform(0, 0.4), rng.uniform(0, 0.7), rng.uniform(0, 0.1), rng.uniform(0, 0.04), rng.uniform(0, 0.3)),
+            "near_miss": lambda: Style(rng.uniform(0, 0.2), displacement=rng.uniform(0.01, 0.05), turn=rng.uniform(0, 0.4)),
             "play": lambda: Style(noise=0.1, play=True)}
     return [draw[kind]() for _ in range(count)]
 
