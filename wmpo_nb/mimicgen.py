@@ -197,7 +197,7 @@ def disrupt(scene: str, kind: str, rng) -> str:
     return ElementTree.tostring(root, encoding="unicode")
 
 # %% ../nbs/23_mimicgen.ipynb #b83f8ac8
-HANDLE, PEG_TIP = 0.054, 0.95            # metres: the handle's middle from the nut's centre; the tip's height
+HANDLE, PEG_TIP = 0.068, 0.95            # metres: where the handle is held, from the nut's centre (nearer, a finger hits the peg); the tip's height
 
 # %% ../nbs/23_mimicgen.ipynb #c9937fb3
 @patch
@@ -218,16 +218,16 @@ def _approach(env, height: float, gripper: float, near: float, steps: int):
 
 # %% ../nbs/23_mimicgen.ipynb #74fab744
 def _carry(env, height: float, pace: float, near: float, steps: int):
-    "Yield actions that bring the held nut over the peg, its centre at `height` metres and square to it; `pace` in metres a step."
+    "Yield actions that bring the held nut over the peg, its centre at `height` metres, the handle to the robot; `pace` in metres a step."
     peg = env.data.xpos[env.env.peg1_body_id]
     lead = np.zeros(3)                 # the controller stops millimetres short of its goal: aim beyond it, more with every step
     for _ in range(steps):
         centre, _, yaw = env.nut_pose()
         error = np.array([peg[0], peg[1], height]) - centre
         lead = np.clip(lead + 0.3 * np.clip(error, -0.01, 0.01), -0.02, 0.02)
-        turn = (np.pi / 4 - yaw) % (np.pi / 2) - np.pi / 4
+        turn = (2 * np.pi - yaw) % (2 * np.pi) - np.pi           # to half a turn, the shorter way
         hand, matrix = env.data.site_xpos[env.robot.eef_site_id], env.data.site_xmat[env.robot.eef_site_id].reshape(3, 3)
-        action, _ = env.move_towards(hand + np.clip(error, -pace, pace) + lead, _yaw(matrix) + turn, 1.0, np.pi)
+        action, _ = env.move_towards(hand + np.clip(error, -pace, pace) + lead, _yaw(matrix) + turn, 1.0, 2 * np.pi)
         yield action
         if np.abs(error).max() < near and abs(turn) < 0.05: return
 
