@@ -7,7 +7,7 @@ __all__ = ['policy_actions', 'demonstration_windows', 'smoothed_targets', 'imita
 import torch
 
 # %% ../nbs/05_sft.ipynb #66960fa7
-from .policy import OpenVLAOFT, action_ids, policy_images, tokenize_actions
+from .policy import OpenVLAOFT, action_ids, load_policy, policy_images, save_trained, tokenize_actions
 from .presets import SFTConfig
 from .run import EMA, Checkpointer, Run, command, make_optimizer, optimizer_step, parse_preset, preset_parser, progress
 from .trajectory import ActionStats, TrajectoryBatch, read_shards, window_starts
@@ -88,16 +88,18 @@ def main(argv=None):
                            "wmpo-sft --preset tiny_lift --data runs/demonstrations --output runs/sft\n"
                            "wmpo-sft --preset tiny_lift --data runs/demonstrations --output runs/sft --resume")
     parser.add_argument("--data", required=True, metavar="DIR", help="folder of demonstrations (*.tar), from wmpo-collect")
+    parser.add_argument("--start", metavar="DIR", help="fine-tune this policy, ours or a released one; without it training starts from random weights")
+    parser.add_argument("--stats", metavar="FILE", help="dataset_statistics.json, if that folder has none")
     args, preset = parse_preset(parser, argv)
     batch = read_shards(args.data)
-    run = Run(args.output, preset, "wmpo-sft", args.seed, args.resume)
     executed = torch.cat([actions[:length] for actions, length in zip(batch.actions, batch.length)])
-    stats = ActionStats.from_actions(executed)
     torch.manual_seed(args.seed)
-    policy = OpenVLAOFT(preset.policy, stats, preset.task.instruction)
-    frames, chunks = demonstration_windows(batch, stats, chunk=preset.policy.chunk_size, labels=batch.intended)
+    if args.start: policy = load_policy(args.start, preset, args.stats)
+    else: policy = OpenVLAOFT(preset.policy, ActionStats.from_actions(executed), preset.task.instruction)
+    run = Run(args.output, preset, "wmpo-sft", args.seed, args.resume)
+    frames, chunks = demonstration_windows(batch, policy.stats, chunk=preset.policy.chunk_size, labels=batch.intended)
     with run.stage("sft"):
         train_sft(policy, frames, chunks, preset.sft, seed=args.seed, log=lambda step, **numbers: run.log("sft", step, **numbers),
                   checkpointer=Checkpointer(run.folder / "checkpoints", preset.sft.checkpoint_every))
-    policy.save_pretrained(run.folder / "policy")
+    save_trained(run.folder / "policy", policy, args.start, args.stats) if args.start else policy.save_pretrained(run.folder / "policy")
     print(f"policy written to {run.folder / 'policy'}")
