@@ -4,17 +4,17 @@ import pickle
 from dataclasses import replace
 from xml.etree import ElementTree
 
-import h5py
 import numpy as np
 import pytest
 import torch
 
 from wmpo_nb.mimicgen import (
     DISRUPTIONS, ENVIRONMENTS, MimicGenEnvironment, check_task, disrupt, draw_states, installed, main, read_demonstrations)
-from wmpo_nb.presets import TaskConfig, UserError, load_preset
+from wmpo_nb.presets import UserError, load_preset
 from wmpo_nb.simulator import MIMICGEN, Simulator, Style, script_trial
 from wmpo_nb.trajectory import InitialState, load_initial_states, read_shards, save_states
 
+h5py = pytest.importorskip("h5py", reason="an environment made before h5py was a requirement: make setup")
 needs_mimicgen = pytest.mark.skipif(not installed(), reason=f"needs MimicGen (non-commercial): pip install --no-deps {MIMICGEN}")
 SCENE = """<mujoco><asset><material name="table_mat"/><material name="table_ceramic"/>
 <material name="base_redwood_mat" specular="0.4"/><material name="piece_1_redwood_mat" specular="0.4"/></asset><worldbody>
@@ -190,12 +190,5 @@ def test_the_simulator_is_a_world_of_states(tmp_path):
 
 
 @needs_mimicgen
-def test_the_nut_goes_over_the_peg(square):
-    assert script_trial(square, 0, Style())["success"]
-
-
-@needs_mimicgen
-def test_no_expert_for_coffee():
-    env = MimicGenEnvironment(TaskConfig(name="coffee", image_size=16))
-    with pytest.raises(UserError, match="no scripted expert for coffee"): script_trial(env, 0, Style())
-    env.close()
+def test_no_expert_for_square(square):
+    with pytest.raises(UserError, match="no scripted expert for square, only for stack_three"): script_trial(square, 0, Style())

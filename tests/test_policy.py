@@ -308,5 +308,10 @@ def test_command(tmp_path, capsys):
     assert main(arguments) == 0
     assert OpenVLAOFT.from_pretrained(tmp_path / "run" / "policy").instruction == "lift"
     assert main(arguments) == 2 and "--resume" in capsys.readouterr().err
+    again = [*arguments, "--output", str(tmp_path / "again"), "--sft.learning_rate", "0", "--start"]
+    assert main([*again, str(tmp_path / "nowhere")]) == 2 and not (tmp_path / "again").exists()
+    assert main([*again, str(tmp_path / "run/policy")]) == 0
+    trained, more = (OpenVLAOFT.from_pretrained(tmp_path / name / "policy").state_dict() for name in ("run", "again"))
+    assert torch.allclose(trained["projector.fc1.weight"], more["projector.fc1.weight"], atol=1e-6)      # it went on from there
     assert main(["--data", str(tmp_path / "none"), "--output", str(tmp_path / "other")]) == 2
     assert not (tmp_path / "other").exists(), "bad data is found before anything is written"

@@ -9,7 +9,7 @@ import sys
 import torch
 
 # %% ../nbs/05_sft.ipynb #66960fa7
-from .policy import OpenVLAOFT, action_ids, policy_images, tokenize_actions
+from .policy import OpenVLAOFT, action_ids, load_policy, policy_images, save_trained, tokenize_actions
 from .presets import SFTConfig
 from wmpo_nb.run import (
     EMA, Checkpointer, command, is_main, make_optimizer, open_run, parse_preset, prepare, preset_parser, progress, start_processes,
@@ -92,21 +92,24 @@ def main(argv=None):
                            "wmpo-sft --preset tiny_lift --data runs/demonstrations --output runs/sft\n"
                            "wmpo-sft --preset tiny_lift --data runs/demonstrations --output runs/sft --resume")
     parser.add_argument("--data", required=True, metavar="DIR", help="folder of demonstrations (*.tar), from wmpo-collect")
+    parser.add_argument("--start", metavar="DIR", help="fine-tune this policy, ours or a released one; without it training starts from random weights")
+    parser.add_argument("--stats", metavar="FILE", help="dataset_statistics.json, if that folder has none")
     args, preset = parse_preset(parser, argv)
     batch = read_shards(args.data)
-    run = open_run(args, preset, "wmpo-sft")
     executed = torch.cat([actions[:length] for actions, length in zip(batch.actions, batch.length)])
-    stats = ActionStats.from_actions(executed)
     torch.manual_seed(args.seed)
-    policy = OpenVLAOFT(preset.policy, stats, preset.task.instruction)
-    frames, chunks = demonstration_windows(batch, stats, chunk=preset.policy.chunk_size, labels=batch.intended)
+    if args.start: policy = load_policy(args.start, preset, args.stats)
+    else: policy = OpenVLAOFT(preset.policy, ActionStats.from_actions(executed), preset.task.instruction)
+    run = open_run(args, preset, "wmpo-sft")
+    frames, chunks = demonstration_windows(batch, policy.stats, chunk=preset.policy.chunk_size, labels=batch.intended)
     with run.stage("sft"):
         train_sft(policy, frames, chunks, preset.sft, seed=args.seed, log=lambda step, **numbers: run.log("sft", step, **numbers),
                   checkpointer=run.checkpointer(preset.sft.checkpoint_every))
     run.close()
     if is_main():
-        policy.save_pretrained(run.folder / "policy")
-        print(f"policy written to {run.folder / 'policy'}")
+        folder = run.folder / "policy"
+        save_trained(folder, policy, args.start, args.stats) if args.start else policy.save_pretrained(folder)
+        print(f"policy written to {folder}")
 
 # %% ../nbs/05_sft.ipynb #12c35478
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())
