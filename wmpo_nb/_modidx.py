@@ -741,6 +741,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'wmpo_nb.trajectory.World.reset': ('trajectory.html#world.reset', 'wmpo_nb/trajectory.py'),
                                     'wmpo_nb.trajectory.World.step': ('trajectory.html#world.step', 'wmpo_nb/trajectory.py'),
                                     'wmpo_nb.trajectory._batch_of': ('trajectory.html#_batch_of', 'wmpo_nb/trajectory.py'),
+                                    'wmpo_nb.trajectory._check_complete': ('trajectory.html#_check_complete', 'wmpo_nb/trajectory.py'),
                                     'wmpo_nb.trajectory._member': ('trajectory.html#_member', 'wmpo_nb/trajectory.py'),
                                     'wmpo_nb.trajectory._npy': ('trajectory.html#_npy', 'wmpo_nb/trajectory.py'),
                                     'wmpo_nb.trajectory._trajectories': ('trajectory.html#_trajectories', 'wmpo_nb/trajectory.py'),

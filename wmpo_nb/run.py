@@ -687,9 +687,12 @@ def make_trackers(names, project: str) -> list:
     if not names or not is_main(): return []
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
     start_processes()                     # the trackers ask accelerate which process they are in
-    try: return [LOGGER_TYPE_TO_CLASS[name](project.split()[0]) for name in names]
-    except (ImportError, NameError, AttributeError) as error:
+    trackers = [LOGGER_TYPE_TO_CLASS[name](project.split()[0]) for name in names]
+    try:
+        for tracker in trackers: tracker.start()
+    except ImportError as error:
         raise UserError(f"--log-with {' '.join(names)}: {error}. Install it with pip, or leave the option out") from None
+    return trackers
 
 # %% ../nbs/01_run.ipynb #a052bdee
 class Run:
@@ -761,7 +764,8 @@ def log(self: Run, stage: str, step: int, **numbers):
     for name, value in flat.items(): self._writer(stage).add_scalar(name, value, step)
     for name, value in numbers.items():
         if isinstance(value, list): _bars(self._writer(stage), name, value, step)
-    for tracker in self._trackers: tracker.log({f"{stage}/{name}": value for name, value in flat.items()}, step=step)
+    # as a value of its own: each stage counts from 0, and trackers want one count that never falls
+    for tracker in self._trackers: tracker.log({f"{stage}/step": step} | {f"{stage}/{name}": value for name, value in flat.items()})
 
 # %% ../nbs/01_run.ipynb #badc79cf
 @patch
