@@ -3,11 +3,10 @@
 # %% auto #0
 __all__ = ['atomic_write', 'save_weights', 'load_weights', 'config_of', 'load_metrics', 'check_fits', 'load_into', 'load_pickled',
            'load_tensors', 'save_tensors', 'EMA', 'learning_rate_at', 'Optimizers', 'is_block_matrix', 'make_optimizer',
-           'processes', 'start_processes', 'sum_over_processes', 'wait_for_all', 'my_share', 'shards_weights',
-           'prepare', 'sum_gradients', 'Stopped', 'heed_sigterm', 'asked_to_stop', 'stop', 'stop_if_asked',
-           'fast_precision', 'Diverged', 'check_finite', 'optimizer_step', 'train_step', 'is_main', 'Checkpointer',
-           'progress', 'Ledger', 'read_metrics', 'make_trackers', 'Run', 'preset_parser', 'parse_preset', 'open_run',
-           'command']
+           'processes', 'start_processes', 'sum_over_processes', 'wait_for_all', 'my_share', 'prepare', 'sum_gradients',
+           'Stopped', 'heed_sigterm', 'asked_to_stop', 'stop', 'stop_if_asked', 'fast_precision', 'Diverged',
+           'check_finite', 'optimizer_step', 'train_step', 'is_main', 'Checkpointer', 'progress', 'Ledger',
+           'read_metrics', 'make_trackers', 'Run', 'preset_parser', 'parse_preset', 'open_run', 'command']
 
 # %% ../nbs/01_run.ipynb #a6210534
 import argparse, dataclasses, difflib, errno, functools, json, math, os, pickle, random, shutil, signal, sys, textwrap, threading, time
@@ -310,8 +309,13 @@ def _warn_if_alone():
 
 # %% ../nbs/01_run.ipynb #eb90929c
 def start_processes():
-    "accelerate's `Accelerator`. Joins the other processes of the launch, if there are any; a second call changes nothing."
+    """accelerate's `Accelerator`. Joins the other processes of the launch, if there are any; a second call changes nothing.
+
+    Raises `UserError` if the launch wants to spread the weights over the processes: no checkpoint here could hold them."""
     from accelerate import Accelerator
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise UserError(f"{name} is not supported yet: weights must be whole in each process, as in configs/accelerate/ddp_8.yaml")
     _warn_if_alone()
     return Accelerator()
 
@@ -337,14 +341,8 @@ def my_share(count: int) -> range:
     return range(rank, count, total)
 
 # %% ../nbs/01_run.ipynb #f4a3ffd8
-def shards_weights(accelerator) -> bool:
-    "Whether weights and gradients are spread over the processes by FSDP or DeepSpeed."
-    return accelerator.distributed_type.name in ("FSDP", "DEEPSPEED")
-
-# %% ../nbs/01_run.ipynb #3566d47c
 def prepare(accelerator, module: nn.Module, optimizer) -> tuple:
-    "`module` and `optimizer`, ready for `train_step`. No wrapper where the weights are whole: `sum_gradients` does its work."
-    if shards_weights(accelerator): return accelerator.prepare(module, optimizer)
+    "`module` on its device and `optimizer`, ready for `train_step`. No wrapper is needed: `sum_gradients` does its work."
     return module.to(accelerator.device), accelerator.prepare(optimizer)
 
 # %% ../nbs/01_run.ipynb #14c9383f
@@ -462,12 +460,11 @@ def _my_parts(batch: tuple, accelerator) -> list:
 # %% ../nbs/01_run.ipynb #8b2470ba
 def _accumulate(accelerator, loss_of, batch: tuple, model) -> dict:
     "Back-propagate this process's share of `batch`; the means of all terms over the whole of it, as numbers."
-    weigh, terms = processes()[1] if shards_weights(accelerator) else 1, {}
+    terms, passes = {}, accelerator.gradient_accumulation_steps
     for part in _my_parts(batch, accelerator):
         with accelerator.accumulate(model):
             found, share = loss_of(*part), len(part[0]) / len(batch[0])
-            # accelerate divides by the number of passes, FSDP by that of processes; the share does both already
-            accelerator.backward(found["loss"] * (share * weigh * accelerator.gradient_accumulation_steps))
+            accelerator.backward(found["loss"] * (share * passes))     # accelerate divides by them; the share does already
         for name, value in found.items(): terms[name] = terms.get(name, 0.0) + value.detach().float().cpu() * share
     totals = sum_over_processes(torch.stack(list(terms.values())))
     return dict(zip(terms, totals.tolist()))
@@ -482,7 +479,7 @@ def train_step(accelerator, loss_of, batch: tuple, model, optimizer, step: int, 
     optimizer.zero_grad()
     terms = _accumulate(accelerator, loss_of, batch, model)
     check_finite(terms["loss"], step, checkpointer)
-    if not shards_weights(accelerator): sum_gradients(model.parameters())
+    sum_gradients(model.parameters())
     return terms | {"gradient_norm": _apply_gradients(accelerator, model, optimizer, step, config, checkpointer)}
 
 # %% ../nbs/01_run.ipynb #8ee2cd12
@@ -687,9 +684,12 @@ def make_trackers(names, project: str) -> list:
     if not names or not is_main(): return []
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
     start_processes()                     # the trackers ask accelerate which process they are in
-    try: return [LOGGER_TYPE_TO_CLASS[name](project.split()[0]) for name in names]
-    except (ImportError, NameError, AttributeError) as error:
+    trackers = [LOGGER_TYPE_TO_CLASS[name](project.split()[0]) for name in names]
+    try:
+        for tracker in trackers: tracker.start()
+    except ImportError as error:
         raise UserError(f"--log-with {' '.join(names)}: {error}. Install it with pip, or leave the option out") from None
+    return trackers
 
 # %% ../nbs/01_run.ipynb #a052bdee
 class Run:
@@ -761,7 +761,8 @@ def log(self: Run, stage: str, step: int, **numbers):
     for name, value in flat.items(): self._writer(stage).add_scalar(name, value, step)
     for name, value in numbers.items():
         if isinstance(value, list): _bars(self._writer(stage), name, value, step)
-    for tracker in self._trackers: tracker.log({f"{stage}/{name}": value for name, value in flat.items()}, step=step)
+    # as a value of its own: each stage counts from 0, and trackers want one count that never falls
+    for tracker in self._trackers: tracker.log({f"{stage}/step": step} | {f"{stage}/{name}": value for name, value in flat.items()})
 
 # %% ../nbs/01_run.ipynb #badc79cf
 @patch

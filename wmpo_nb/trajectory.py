@@ -243,6 +243,13 @@ def write_shard(path, batch: TrajectoryBatch):
                                ("intended.npy", _npy(batch.intended[i])), ("meta.json", json.dumps(meta).encode())):
                 _member(archive, f"{i:09d}.{name}", data)
 
+# %% ../nbs/02_trajectory.ipynb #1e3b54e6
+def _check_complete(path):
+    "Raise `ValueError` if the archive does not end as archives do."
+    with open(path, "rb") as file:
+        file.seek(-1024, io.SEEK_END)
+        if any(file.read()): raise ValueError("its end is missing")
+
 # %% ../nbs/02_trajectory.ipynb #6540091d
 def _trajectories(path):
     "Yield the members of each trajectory of one tar as a dictionary; numpy without pickles."
@@ -274,7 +281,9 @@ def read_shards(folder) -> TrajectoryBatch:
     if not paths: raise UserError(f"no trajectories (*.tar) in {folder}: collect some with wmpo-collect")
     batches = []
     for path in paths:
-        try: batches += [_batch_of(sample) for sample in _trajectories(path)]
+        try:
+            _check_complete(path)
+            batches += [_batch_of(sample) for sample in _trajectories(path)]
         except (tarfile.TarError, ValueError, KeyError, EOFError, OSError) as error:
             raise UserError(f"shard {path} is damaged ({error}): delete it and collect again")
     return TrajectoryBatch.cat(batches)

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['mix_seed', 'draw_states', 'NothingToLearn', 'decision_frames', 'try_states', 'gather', 'forward_passes',
-           'token_statistics', 'my_passes', 'kl_to_start', 'update', 'Waiting', 'train_wmpo', 'dream_starts', 'main']
+           'token_statistics', 'kl_to_start', 'update', 'Waiting', 'train_wmpo', 'dream_starts', 'main']
 
 # %% ../nbs/14_wmpo.ipynb #d59f5307
 import math, resource, sys, time
@@ -20,9 +20,8 @@ from .grpo import (action_mask, advantages, keep_groups, success_rewards, token_
                           weighted_policy_loss)
 from .policy import load_policy, save_trained
 from .presets import GRPOConfig, UserError, seeds_for
-from .run import (Checkpointer, Diverged, Run, Stopped, command, is_main, make_optimizer, open_run, parse_preset, prepare,
-                         preset_parser, processes, progress, shards_weights, start_processes, stop_if_asked, sum_gradients,
-                         sum_over_processes)
+from .run import (Checkpointer, Diverged, Run, Stopped, command, is_main, make_optimizer, my_share, open_run, parse_preset,
+                         prepare, preset_parser, processes, progress, start_processes, stop_if_asked, sum_gradients, sum_over_processes)
 from .trajectory import InitialState, TrajectoryBatch, load_first_frames, read_shards, rollout
 
 # %% ../nbs/14_wmpo.ipynb #c0f4a2c8
@@ -150,12 +149,6 @@ def token_statistics(policy, batch: TrajectoryBatch, pairs: Tensor, temperature:
     frames = batch.frames[trajectory, chunk * frames_per_chunk]
     return policy.log_probs_and_entropy(frames, batch.tokens[trajectory, chunk], temperature)
 
-# %% ../nbs/14_wmpo.ipynb #6a2cb9b9
-def my_passes(passes: list) -> list:
-    "(pass, weight 1 or 0) of this process, equally many in all."
-    rank, total = processes()
-    return [(passes[i % len(passes)], float(i < len(passes))) for i in range(rank, math.ceil(len(passes) / total) * total, total)]
-
 # %% ../nbs/14_wmpo.ipynb #ee050220
 def kl_to_start(log_probs: Tensor, start: Tensor) -> Tensor:
     "KL divergence of the acting policy from the start policy, estimated for each token from log-probabilities of any shape."
@@ -170,15 +163,15 @@ def _prepare(policy, batch: TrajectoryBatch, config: GRPOConfig, temperature: fl
     mask = action_mask(batch.finish_step, batch.tokens.shape[1], chunk, batch.actions.shape[2])
     weights = torch.cat([token_weights(part) for part in mask.split(config.mini_batch)])
     scores = advantages(success_rewards(batch.success), config.group_size)
-    def one(pairs, weight):
+    def one(pairs):
         now, _ = token_statistics(policy, batch, pairs, temperature)
         kl = kl_to_start(now, token_statistics(start, batch, pairs, temperature)[0]) if start is not None else torch.zeros_like(now)
         made = batch.log_probs[pairs[:, 0], pairs[:, 1]].to(now.device)
         old = torch.where((pairs[:, :1] < stale).to(now.device), made, now)
-        return pairs, old, scores[pairs[:, 0]].to(old.device), weight * weights[pairs[:, 0], pairs[:, 1]].to(old.device), kl
+        return pairs, old, scores[pairs[:, 0]].to(old.device), weights[pairs[:, 0], pairs[:, 1]].to(old.device), kl
     policy.eval()
     with torch.no_grad():
-        return [[one(pairs, weight) for pairs, weight in my_passes(passes)] for passes in forward_passes(mask, config)]
+        return [[one(passes[i]) for i in my_share(len(passes))] for passes in forward_passes(mask, config)]
 
 # %% ../nbs/14_wmpo.ipynb #a47b3fec
 _LOGGED = ("loss", "clip_fraction", "approx_kl", "entropy", "start_kl")
@@ -186,16 +179,14 @@ _LOGGED = ("loss", "clip_fraction", "approx_kl", "entropy", "start_kl")
 # %% ../nbs/14_wmpo.ipynb #42491aeb
 def _backward(policy, batch, passes, config, temperature, accelerator) -> Tensor:
     "Accumulate the gradient of one mini-batch, of all processes; returns its numbers, in the order of `_LOGGED`."
-    total = torch.zeros(len(_LOGGED))
-    # accelerate divides by the passes it knows of, FSDP by the processes; the weights have done both already
-    scale = accelerator.gradient_accumulation_steps * (processes()[1] if shards_weights(accelerator) else 1)
+    total, passes_known = torch.zeros(len(_LOGGED)), accelerator.gradient_accumulation_steps
     for pairs, old, scores, weights, kl in passes:
         log_probs, entropy = token_statistics(policy, batch, pairs, temperature)
         loss, stats = weighted_policy_loss(log_probs, old, scores, weights, config.clip_low, config.clip_high)
-        accelerator.backward(loss * scale)
+        accelerator.backward(loss * passes_known)           # accelerate divides by them; the weights have done so already
         entropy, kl = (weights * entropy.detach()).sum(), (weights * kl).sum()
         total += torch.stack([loss.detach(), stats["clip_fraction"], stats["approx_kl"], entropy, kl]).cpu()
-    if not shards_weights(accelerator): sum_gradients(policy.parameters())
+    sum_gradients(policy.parameters())
     return sum_over_processes(total)
 
 # %% ../nbs/14_wmpo.ipynb #13457985
@@ -276,7 +267,6 @@ def train_wmpo(policy, world, states: list[InitialState], config: GRPOConfig, *,
     it stopped, with the same result. Several processes share the work, with the same result but for rounding. Raises
     `NothingToLearn`, `Diverged` on numbers not finite, `Stopped` on SIGTERM."""
     accelerator, waiting = start_processes(), Waiting()
-    if accelerator.distributed_type.name == "DEEPSPEED": raise UserError("GRPO cannot use DeepSpeed; to spread the weights use FSDP2")
     start = _start_policy(policy.to(accelerator.device), config)
     policy, optimizer = prepare(accelerator, policy, make_optimizer(policy.named_parameters(), config))
     if run and log is None: log = lambda iteration, **numbers: run.log("grpo", iteration, **numbers)

@@ -1,0 +1,87 @@
+"A little of every training stage, run by `test_cluster.py` in one process and in two: `cluster_work.py FOLDER`."
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import test_policy
+import test_reward
+import test_vae
+import test_wmpo
+import test_world_model
+
+from wmpo_nb.evaluation import evaluate
+from wmpo_nb.policy import OpenVLAOFT
+from wmpo_nb.presets import WorldModelTrainConfig
+from wmpo_nb.reward import train_reward
+from wmpo_nb.run import Checkpointer, processes, start_processes
+from wmpo_nb.sft import train_sft
+from wmpo_nb.vae import train_vae
+from wmpo_nb.wmpo import gather, train_wmpo
+from wmpo_nb.world_model import train_world_model
+
+# rounds of six states for three groups: some rounds leave groups over, which wait
+GRPO = replace(test_wmpo.CONFIG, iterations=3, groups=3, rollout_groups=1, draw_multiple=6, mini_batch=6, micro_batch=1, learning_rate=2e-4)
+SHORT = {"steps": 4, "warmup_steps": 1, "decay_steps": 1, "log_every": 1, "learning_rate": 2e-4}
+# Muon makes matrices orthogonal in bfloat16 and turns the last bit of a sum into a difference one can see: not compared here
+ADAM = {"optimizer": "adamw"} | SHORT
+
+
+def weights(module): return torch.cat([value.detach().float().flatten() for value in module.state_dict().values()])
+
+
+def practise(folder, iterations, history=None):
+    "GRPO in the bandit, with checkpoints in `folder`; the policy's weights."
+    policy = test_wmpo.new_policy()
+    train_wmpo(policy, test_wmpo.Brightness(), test_wmpo.STATES, replace(GRPO, iterations=iterations), chunks=2, temperature=1.0,
+               checkpointer=Checkpointer(folder, 1), log=lambda i, **numbers: history is not None and history.append(numbers))
+    return weights(policy)
+
+
+def clone():
+    torch.manual_seed(0)
+    policy = OpenVLAOFT(test_policy.CONFIG, test_policy.STATS, "lift")
+    policy.bfloat16 = False
+    chunks = torch.rand(12, 8, 7, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    return weights(train_sft(policy, test_policy.some_frames(12), chunks, replace(test_policy.SHORT, batch_size=8, **ADAM)))
+
+
+def autoencode():
+    # the disturbance is scaled by the spread of the part at hand, so only without it is the result the same
+    config = replace(test_vae.TRAINING, latent_noise=0.0, batch_size=6, **SHORT)
+    return weights(train_vae(test_vae.small_vae(), test_vae.some_frames(20, 8, 8), config))
+
+
+def dream():
+    sample = lambda generator, count: test_world_model.windows(count, int(torch.randint(99, (), generator=generator)))
+    config = WorldModelTrainConfig(batch_size=6, **ADAM)
+    return weights(train_world_model(test_world_model.small_world_model(), sample, config, seed=0))
+
+
+def judge():
+    config = replace(test_reward.TRAINING, **ADAM)
+    return weights(train_reward(test_reward.small_classifier(), test_reward.trials(), config))
+
+
+def examine():
+    result = evaluate(test_wmpo.new_policy(), test_wmpo.Brightness(), test_wmpo.STATES, chunks=2, batch=5, temperature=1.0)
+    return torch.stack([result.state_id, result.success.long(), result.finish_step])
+
+
+def work(folder: Path) -> dict:
+    start_processes()
+    batch, numbers = gather(test_wmpo.new_policy(), test_wmpo.Brightness(), test_wmpo.STATES, GRPO, chunks=2, temperature=1.0, seed=0)
+    history = []
+    found = {"policy": practise(folder / "whole", 3, history)}
+    practise(folder / "part", 2)
+    return found | {"processes": processes()[1], "batch": vars(batch), "success": numbers["success"], "history": history,
+                    "sft": clone(), "vae": autoencode(), "world_model": dream(), "reward": judge(), "evaluation": examine()}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    found = work(Path(sys.argv[1]))
+    torch.save(found, Path(sys.argv[1]) / f"found_{os.environ.get('RANK', '0')}.pt")
