@@ -189,16 +189,15 @@ def _number(x, digits: int = 1) -> str: return "" if x is None or math.isnan(x) 
 def noise_markdown(cells: list[dict]) -> str:
     "PSNR and SSIM at the end of each chunk, by the noise on context frames; means over seeds."
     lines = []
-    for preset in sorted({c["preset"] for c in cells}):
-        levels = sorted({c["noise"] for c in cells if c["preset"] == preset})
+    for preset, P in sorted({(c["preset"], c["P"]) for c in cells}):
         rows = []
-        for level in levels:
-            by_seed = select(cells, preset=preset, noise=level)
+        for level in sorted({c["noise"] for c in cells if (c["preset"], c["P"]) == (preset, P)}):
+            by_seed = select(cells, preset=preset, P=P, noise=level)
             psnr, ssim = (_mean([c[name] for c in by_seed.values()]) for name in ("psnr", "ssim"))
             chunk = next(iter(by_seed.values()))["chunk"]
             rows.append([f"{level:g} of 1000", *(f"{_number(p)} dB, {_number(s, 3)}" for p, s in zip(psnr[chunk::chunk], ssim[chunk::chunk])), len(by_seed)])
         steps, head = next(iter(by_seed.values()))["steps"], [f"frame {(i + 1) * chunk}" for i in range(len(rows[0]) - 2)]
-        lines += [f"### {preset}: {steps} steps of training at each noise", "", markdown_table(["context noise", *head, "seeds"], rows), ""]
+        lines += [f"### {preset}, P = {P}: {steps} steps of training at each noise", "", markdown_table(["context noise", *head, "seeds"], rows), ""]
     return "\n".join(lines)
 
 # %% ../nbs/26_results.ipynb #5e7bdd8f
@@ -296,14 +295,14 @@ def recoveries_markdown(cells: list[dict]) -> str:
 def lifelong_markdown(cells: list[dict]) -> str:
     "Success after each round of collecting, aligning and practising, beside imitation of as many more demonstrations (Fig. 6)."
     lines = []
-    for preset in sorted({c["preset"] for c in cells}):
+    for preset, P in sorted({(c["preset"], c["P"]) for c in cells}):
         rows = []
-        for number in sorted({c["round"] for c in cells if c["preset"] == preset}):
-            groups = {m: select(cells, preset=preset, round=number, method=m) for m in ("wmpo", "imitation")}
+        for number in sorted({c["round"] for c in cells if (c["preset"], c["P"]) == (preset, P)}):
+            groups = {m: select(cells, preset=preset, P=P, round=number, method=m) for m in ("wmpo", "imitation")}
             budget = next(c["budget"] for g in groups.values() for c in g.values())
             rows.append([number, budget, *(rate_text(*pooled_rate(g)) if g else "" for g in groups.values())])
         head = ["round", "real trajectories, or further demonstrations", "WMPO, round after round", "imitation"]
-        lines += [f"### {preset}", "", markdown_table(head, rows), ""]
+        lines += [f"### {preset}, {P} a round", "", markdown_table(head, rows), ""]
     return "\n".join(lines)
 
 # %% ../nbs/26_results.ipynb #723bfa5a
