@@ -229,7 +229,7 @@ def make_trajectories(cell: Cell) -> dict:
 # %% ../nbs/28_experiments.ipynb #e537f7e6
 def make_grpo(cell: Cell) -> dict:
     "Online GRPO, both batch variants; the better one on selection states takes the exam."
-    found = run_grpo(cell.run, cell.parts.policy, selection=cell.options.get("selection", 64), workers=0)
+    found = run_grpo(cell.run, cell.parts.policy, selection=min(64, cell.preset.evaluation.states), workers=0)
     result = {"method": "grpo", "variants": found, "outcome": outcome(exam(cell, OpenVLAOFT.from_pretrained(cell.folder / "policy")))}
     spent = cell.run.ledger.real_trajectories
     # each variant has the budget P for itself; what the chosen one learnt from is its own
@@ -545,12 +545,15 @@ def _round(cell: Cell, number: int, policy, world_model, batches: list) -> tuple
     inner.run = Run(folder, cell.preset, f"round {number}", cell.seed, resume=(folder / "config.json").exists())
     # a block of initial states of its own: later rounds must not try what earlier ones have seen
     with inner.run.stage("collect"): batches.append(collect(policy, cell.preset, cell.cache, seed=cell.seed + 10 * (number - 1), workers=0))
+    if not inner.run.is_done("collect"):
+        inner.run.ledger.add(real_trajectories=len(batches[-1]), simulator_steps=int(batches[-1].length.sum()))
+        inner.run.done("collect")
     together = TrajectoryBatch.cat(batches)
     parts = SimpleNamespace(vae=cell.parts.vae, stats=cell.parts.stats, world_model=lambda: world_model, classifier=cell.parts.classifier)
     aligned, classifier = align_world_model(inner.run, parts, together), fit_reward(inner.run, parts, together)
     policy = practise(inner, Dream(aligned, parts.vae, classifier, parts.stats), policy, first_frames(together))
     path = folder / "outcome.json"
-    if not path.exists(): write_json(path, outcome(exam(inner, policy)))
+    if not path.exists(): write_json(path, {"outcome": outcome(exam(inner, policy)), "ledger": inner.run.ledger.state_dict()})
     return policy, aligned, read_json(path)
 
 # %% ../nbs/28_experiments.ipynb #e04e6e3a
@@ -558,12 +561,13 @@ def make_lifelong(cell: Cell) -> dict:
     "Rounds 0 (base) and 1 (the WMPO cell) from Table 1, then the others."
     P, records = cell.preset.collect.trajectories, []
     for number, method in enumerate(("base", "wmpo")):
-        records.append({"round": number, "budget": P * number, "method": "wmpo", "outcome": read_json(cell.table1(method) / "cell.json")["outcome"]})
+        known = read_json(cell.table1(method) / "cell.json")
+        records.append({"round": number, "budget": P * number, "method": "wmpo", "outcome": known["outcome"], "ledger": known["ledger"]})
     policy, batches = policy_of(cell, "wmpo"), [collect(cell.parts.base, cell.preset, cell.cache, seed=cell.seed, workers=0)]
     world_model = load_world_model(artefact(cell.table1("wmpo"), "world_model.safetensors"), cell.preset.world_model)
     for number in range(2, cell.options.get("rounds", 3) + 1):
         policy, world_model, found = _round(cell, number, policy, world_model, batches)
-        records.append({"round": number, "budget": P * number, "method": "wmpo", "outcome": found})
+        records.append({"round": number, "budget": P * number, "method": "wmpo"} | found)
     return {"records": records}
 
 # %% ../nbs/28_experiments.ipynb #244f0da2
