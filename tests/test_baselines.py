@@ -200,6 +200,7 @@ def test_bad_input_is_answered_before_work(capsys, tmp_path):
     assert "nowhere" in message(capsys, "grpo", "--policy", "nowhere", *out)
     assert "less than one group" in message(capsys, "grpo", "--collect.trajectories", "7", *out)
     assert "must be positive" in message(capsys, "dpo", "--epochs", "0", *out)
+    assert "no estimate" in message(capsys, "dpo", "--dry-run", *out)
     assert not (tmp_path / "run").exists()
 
 

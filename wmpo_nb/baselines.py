@@ -5,7 +5,7 @@ __all__ = ['Metered', 'affordable', 'train_online', 'batch_variants', 'dpo_loss'
            'trajectory_log_probs', 'dpo_step', 'train_dpo', 'run_grpo', 'run_dpo', 'policy_loader', 'main']
 
 # %% ../nbs/25_baselines.ipynb #02e123eb
-import json, math
+import json, math, sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -282,6 +282,8 @@ def _settings(args) -> list[str]:
 @command
 def main(argv=None):
     "Console script `wmpo-baseline`."
+    if "--dry-run" in (sys.argv if argv is None else argv):
+        raise UserError("no estimate of wmpo-baseline: its time is the simulator's; wmpo-estimate --stage grpo tells the memory of an update")
     args, preset = parse_preset(_parser(), argv)
     if args.epochs < 1 or args.beta <= 0: raise UserError(f"--epochs and --beta must be positive, not {args.epochs} and {args.beta}")
     if preset.collect.trajectories < preset.grpo.group_size:

@@ -765,6 +765,7 @@ def _check(args, preset: Preset):
 def main(argv=None):
     "Console script `wmpo-experiment`."
     words = list(sys.argv[1:] if argv is None else argv)
+    if "--dry-run" in words: raise UserError("no estimate of wmpo-experiment: --plan lists its cells, and each notes its minutes")
     args, preset = parse_preset(_parser(), words)
     if args.experiment == "cell": return run_cell(args, preset)
     if args.experiment == "pages":
