@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['wilson', 'mcnemar', 'outcome_correlation', 'paired_difference', 'Evaluation', 'evaluate', 'relative_length',
-           'success_row', 'success_table', 'Tape', 'replay', 'Agreement', 'psnr_by_frame', 'agreement', 'main']
+           'success_row', 'success_table', 'Tape', 'replay', 'Agreement', 'psnr_by_frame', 'agreement', 'ssim',
+           'ssim_by_frame', 'chunk_psnr', 'departures', 'calibration', 'spearman', 'verdict_flips', 'main']
 
 # %% ../nbs/15_evaluation.ipynb #840f826a
 import dataclasses, json, math, sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 # %% ../nbs/15_evaluation.ipynb #b1329a71
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # %% ../nbs/15_evaluation.ipynb #de4ed606
@@ -184,6 +186,91 @@ def agreement(real: TrajectoryBatch, dreamt: TrajectoryBatch) -> Agreement:
     confusion.index_put_((real.success.long(), dreamt.success.long()), torch.tensor(1), accumulate=True)
     psnr = psnr_by_frame(real.frames, dreamt.frames, real.length)
     return Agreement(confusion.tolist(), [None if math.isnan(x) else round(x, 3) for x in psnr.tolist()])
+
+# %% ../nbs/15_evaluation.ipynb #3f12d66a
+def ssim(first: Tensor, second: Tensor) -> Tensor:
+    "Structural similarity float32 [N] of frames uint8 [N, H, W, 3], mean of channels and windows; 1: equal. (Wang et al. 2004)"
+    x, y = (frames.permute(0, 3, 1, 2).float() for frames in (first, second))
+    bell = torch.exp(-((torch.arange(11) - 5.0) ** 2) / (2 * 1.5 ** 2))
+    window = torch.outer(bell, bell).div(bell.sum() ** 2).expand(3, 1, 11, 11)
+    def blur(z): return F.conv2d(z, window, groups=3)
+    mx, my = blur(x), blur(y)
+    vx, vy, cxy = blur(x * x) - mx ** 2, blur(y * y) - my ** 2, blur(x * y) - mx * my
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    return ((2 * mx * my + c1) * (2 * cxy + c2) / ((mx ** 2 + my ** 2 + c1) * (vx + vy + c2))).mean((1, 2, 3))
+
+# %% ../nbs/15_evaluation.ipynb #cbff6dd0
+def ssim_by_frame(real: Tensor, dreamt: Tensor, length: Tensor) -> Tensor:
+    "Mean SSIM [T+1] by frame position of frames uint8 [B, T+1, H, W, 3], over trajectories that reach it; NaN where there is none."
+    values = torch.stack([ssim(r, d) for r, d in zip(real, dreamt)])
+    seen = torch.arange(real.shape[1]) <= length[:, None]
+    return (values * seen).sum(0) / seen.sum(0)
+
+# %% ../nbs/15_evaluation.ipynb #cd5cd7b3
+def chunk_psnr(first: Tensor, second: Tensor, chunk: int = 8) -> Tensor:
+    "PSNR in dB [B, n_chunks] of the frames of each chunk, frames uint8 [B, T+1, H, W, 3]; at most 100."
+    error = torch.stack([(a[1:].float() - b[1:].float()).square().mean((1, 2, 3)) for a, b in zip(first, second)])
+    return (10 * torch.log10(255 ** 2 / error.unflatten(1, (-1, chunk)).mean(2))).clamp(max=100)
+
+# %% ../nbs/15_evaluation.ipynb #9bc6b8d7
+def departures(real: TrajectoryBatch, dreamt: TrajectoryBatch, chunk: int = 8) -> dict:
+    """When and where a dream leaves its real trial. `psnr`, `stranger`: median dB by chunk, of the dream and of another real
+    trial; `departed`: how many trajectories are first no closer than that stranger in each chunk; `stayed`: how many never.
+    `error_map`: mean absolute error by chunk on a grid of 8 x 8 cells, grey levels. Only executed chunks count."""
+    own, other = chunk_psnr(real.frames, dreamt.frames, chunk), chunk_psnr(real.frames, real.frames.roll(1, 0), chunk)
+    executed = torch.arange(chunk, real.frames.shape[1], chunk) <= real.length[:, None]
+    together = executed & (real.length.roll(1)[:, None] >= torch.arange(chunk, real.frames.shape[1], chunk))
+    median = lambda values, where: [float(v[w].median()) if w.any() else math.nan for v, w in zip(values.T, where.T)]
+    stranger = torch.tensor(median(other, together)).nan_to_num(0.0)
+    gone = (own < stranger) & executed
+    first = torch.where(gone.any(1), gone.int().argmax(1), gone.shape[1]).bincount(minlength=gone.shape[1] + 1)
+    return {"psnr": [_finite(x) for x in median(own, executed)], "stranger": [_finite(x) for x in stranger.tolist()],
+            "departed": first[:-1].tolist(), "stayed": int(first[-1]), "error_map": _error_maps(real, dreamt, executed, chunk)}
+
+# %% ../nbs/15_evaluation.ipynb #a41bd67d
+def _finite(x: float): return None if math.isnan(x) else round(x, 3)
+
+# %% ../nbs/15_evaluation.ipynb #61e93e6d
+def _error_maps(real, dreamt, executed: Tensor, chunk: int) -> list:
+    "Mean absolute error [n_chunks][8][8] over the trajectories that executed the chunk."
+    maps = []
+    for i, who in enumerate(executed.T):
+        a, b = (x.frames[who, 1 + i * chunk:1 + (i + 1) * chunk].float() for x in (real, dreamt))
+        grid = F.adaptive_avg_pool2d((a - b).abs().mean(4).flatten(0, 1)[:, None], 8) if who.any() else torch.zeros(1, 1, 8, 8)
+        maps.append([[round(x, 2) for x in row] for row in grid.mean((0, 1)).tolist()])
+    return maps
+
+# %% ../nbs/15_evaluation.ipynb #4b463df4
+def calibration(confidence: Tensor, truth: Tensor, bins: int = 5) -> dict:
+    "`confidence` float [N] in [0, 1] against `truth` bool [N]: `bins` of equal width (n, mean confidence, successes), `ece`, `brier`."
+    index = (confidence * bins).long().clamp(0, bins - 1)
+    rows = []
+    for i in range(bins):
+        inside = index == i
+        rows.append({"low": i / bins, "high": (i + 1) / bins, "n": int(inside.sum()), "successes": int(truth[inside].sum()),
+                     "confidence": _finite(float(confidence[inside].mean()))})
+    gaps = [abs(r["confidence"] * r["n"] - r["successes"]) for r in rows if r["n"]]
+    return {"bins": rows, "ece": sum(gaps) / max(len(truth), 1), "brier": float((confidence - truth.float()).square().mean())}
+
+# %% ../nbs/15_evaluation.ipynb #4da467ba
+def spearman(x: Tensor, y: Tensor, z: float = 1.96) -> tuple[float, float, float]:
+    """Rank correlation of float [n] and float [n] (ties share a rank) with its 95 % interval by Fisher's transformation
+    (Bonett and Wright 2000); (NaN, -1, 1) without variation, the interval is (-1, 1) below 4 points."""
+    def ranks(v): return (v[:, None] > v).sum(1) + ((v[:, None] == v).sum(1) - 1) / 2.0
+    a, b = (r - r.mean() for r in (ranks(torch.as_tensor(v).double()) for v in (x, y)))
+    spread = float((a.square().sum() * b.square().sum()).sqrt())
+    if not spread: return math.nan, -1.0, 1.0
+    rho = max(-1.0, min(1.0, float((a * b).sum()) / spread))
+    if len(a) < 4: return rho, -1.0, 1.0
+    most = 1 - 6 / (len(a) * (len(a) ** 2 - 1))        # half a step below 1: few points in perfect order prove no certainty
+    centre, half = math.atanh(max(-most, min(most, rho))), z * math.sqrt((1 + rho ** 2 / 2) / (len(a) - 3))
+    return rho, math.tanh(centre - half), math.tanh(centre + half)
+
+# %% ../nbs/15_evaluation.ipynb #19285062
+def verdict_flips(first: Tensor, second: Tensor) -> dict:
+    "How often two verdicts bool [N] on the same actions differ: `differ`, `n`, `share` and its 95 % `interval`."
+    differ, n = int((first != second).sum()), len(first)
+    return {"differ": differ, "n": n, "share": differ / max(n, 1), "interval": [round(x, 4) for x in wilson(differ, n)]}
 
 # %% ../nbs/15_evaluation.ipynb #9604e595
 def _evaluate_all(policies: dict, preset, states: list[InitialState], path: Path) -> dict[str, Evaluation]:

@@ -7,7 +7,8 @@ __all__ = ['WIDTH', 'HEIGHT', 'LEFT', 'RIGHT', 'TOP', 'BOTTOM', 'COUNTS', 'COLOU
            'load_record', 'summary', 'pooled', 'results_markdown', 'write_results', 'main']
 
 # %% ../nbs/16_report.ipynb #193d95d9
-import argparse, base64, html, io, json, math
+import argparse, base64, html, io, json, math, sys
+from importlib import import_module
 from pathlib import Path
 
 # %% ../nbs/16_report.ipynb #2fb6d962
@@ -481,13 +482,16 @@ def write_results(prefix, records: list[dict]):
 # %% ../nbs/16_report.ipynb #febe1266
 @command
 def main(argv=None):
-    "Console script `wmpo-report`: write the report of a finished run again."
+    "Console script `wmpo-report`: write the report of a finished run again; `agreement` is passed on to `wmpo-experiment`."
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["agreement"]: return import_module("wmpo_nb.experiments").main(words)
     parser = argparse.ArgumentParser(prog="wmpo-report", description="Write report.html of a finished run again.",
-                                     epilog="examples:\n  wmpo-report runs/demo\n  wmpo-report runs/demo runs/seed1 runs/seed2 --results results/tiny_lift",
+                                     epilog="examples:\n  wmpo-report runs/demo\n  wmpo-report runs/demo runs/seed1 runs/seed2 --results results/tiny_lift\n"
+                                            "  wmpo-report agreement --preset tiny_lift --seeds 0 1 2",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="folder with record.json and clips.safetensors; several: seeds of one preset")
     parser.add_argument("--results", metavar="PREFIX", help="also write the numbers of all to PREFIX.md and PREFIX.json")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(words)
     records = [load_record(run) for run in args.runs]
     if args.results: write_results(args.results, records)
     for run, record in zip(args.runs, records): print(write_report(Path(run) / "report.html", record))

@@ -1,0 +1,230 @@
+"The baselines: the budget is the world's to count and never exceeded, DPO's gradient is the right one, both resume to the bit."
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from wmpo_nb.baselines import (Metered, affordable, batch_variants, dpo_coefficients, dpo_loss, main, pair_up, train_dpo, train_online,
+                               dpo_step, trajectory_log_probs)
+from wmpo_nb.grpo import action_mask
+from wmpo_nb.policy import OpenVLAOFT
+from wmpo_nb.presets import GRPOConfig, PolicyConfig, Preset, UserError
+from wmpo_nb.run import Checkpointer, Run, read_metrics
+from wmpo_nb.trajectory import ActionStats, InitialState, rollout
+
+SMALL = PolicyConfig(image_size=16, vision_dims=(16,), vision_depths=(3,), vision_heads=(2,), hidden_size=32,
+                     intermediate_size=32, num_layers=2, num_heads=2)
+STATS = ActionStats(torch.full((7,), -1.0).double(), torch.ones(7).double(), torch.tensor([True] * 6 + [False]))
+CONFIG = GRPOConfig(group_size=4, groups=4, max_draws=2, mini_batch=8, micro_batch=4, learning_rate=1e-3)
+STATES = [InitialState(i, torch.zeros(16, 16, 3, dtype=torch.uint8)) for i in range(40)]
+torch.set_num_threads(1)       # networks this small only lose by sharing
+
+
+class Brightness:
+    "A bandit: every number of an action makes the picture brighter; a chunk bright enough is a success."
+    def __init__(self, needed=0.1): self.needed = needed
+
+    def reset(self, states, streams):
+        self.level = torch.full((len(states),), 100.0)
+        return self.draw()
+
+    def draw(self): return self.level.clamp(0, 255).byte()[:, None, None, None].expand(-1, 16, 16, 3)
+
+    def step(self, actions):
+        frames = []
+        for action in actions.unbind(1):
+            self.level = self.level + 50 * action.mean(1)
+            frames.append(self.draw())
+        return torch.stack(frames, 1)
+
+    def judge(self, batch):
+        bright = batch.frames[:, :, 0, 0, 0] >= 100 + 400 * self.needed
+        batch.success = bright.any(1)
+        batch.finish_step = torch.where(batch.success, bright.int().argmax(1), batch.length)
+        return batch
+
+
+class Never(Brightness):
+    def judge(self, batch):
+        batch.success = torch.zeros(len(batch), dtype=torch.bool)
+        return batch
+
+
+def new_policy():
+    torch.manual_seed(0)
+    policy = OpenVLAOFT(SMALL, STATS, "brighter")
+    policy.bfloat16 = False
+    return policy
+
+
+def weights(policy): return torch.cat([p.detach().flatten() for p in policy.parameters()])
+
+
+@pytest.fixture(scope="module")
+def recorded(): return rollout(new_policy(), Brightness(), STATES, chunks=2, temperature=1.0)
+
+
+def online(budget, world=None, config=CONFIG, **options):
+    world = Metered(world or Brightness())
+    policy = train_online(new_policy(), world, STATES, config, budget=budget, chunks=2, temperature=1.0, **options)
+    return policy, world
+
+
+@pytest.mark.parametrize("budget", [4, 17, 50, 64, 131])
+@pytest.mark.parametrize("variant", ["large", "small"])
+def test_the_budget_is_spent_and_never_exceeded(budget, variant):
+    "Counted by the world, not by the loop."
+    world = online(budget, config=batch_variants(CONFIG)[variant])[1]
+    assert budget - CONFIG.group_size < world.trials <= budget
+    assert world.steps == world.trials * 16
+
+
+def test_trials_without_a_lesson_cost_as_much():
+    rows = []
+    policy, world = online(64, Never(), log=lambda i, **n: rows.append(n))
+    assert 60 < world.trials <= 64 and torch.equal(weights(policy), weights(new_policy()))
+    assert rows and all(row["groups"] == 0 and math.isnan(row["success"]) for row in rows)
+
+
+def test_a_budget_below_one_group_is_refused():
+    assert affordable(CONFIG, 3) is None
+    with pytest.raises(UserError, match="fewer than one group"): online(3)
+
+
+def test_small_batches_have_an_eighth_of_groups_and_rate():
+    paper = batch_variants(GRPOConfig(groups=64, group_size=8, mini_batch=128, learning_rate=5e-6))
+    assert paper["large"].groups == 64 and paper["small"].groups == 8
+    assert paper["small"].learning_rate == pytest.approx(5e-6 / 8) and paper["small"].mini_batch == 64
+
+
+def test_online_resumes_to_the_bit_and_the_ledger_counts(tmp_path):
+    def run(name, interrupt=None):
+        def log(iteration, **numbers):
+            record.log("grpo", iteration, **numbers)
+            if iteration == interrupt: raise KeyboardInterrupt
+        record = Run(tmp_path / name, Preset(), "test", 0, resume=(tmp_path / name).exists())
+        checkpoints = Checkpointer(tmp_path / name / "checkpoints", 1)
+        policy, _ = online(100, run=record, checkpointer=checkpoints, log=log)
+        record.close()
+        return weights(policy), record.ledger
+    whole, ledger = run("whole")
+    with pytest.raises(KeyboardInterrupt): run("broken", interrupt=1)       # after an update that was not saved
+    resumed, again = run("broken")
+    assert torch.equal(whole, resumed)
+    counts = ("real_trajectories", "simulator_steps", "optimiser_steps")
+    assert [getattr(again, c) for c in counts] == [getattr(ledger, c) for c in counts]
+    assert 96 < ledger.real_trajectories <= 100 and ledger.optimiser_steps > 2 and ledger.imagined_frames == 0
+    assert [e["step"] for e in read_metrics(tmp_path / "broken")] == [e["step"] for e in read_metrics(tmp_path / "whole")]
+
+
+def test_dpo_loss_by_hand():
+    loss, stats = dpo_loss(torch.tensor([1.0, -2.0]), torch.tensor([-1.0, 0.5]), 0.5)
+    assert float(loss) == pytest.approx((math.log(1 + math.exp(-1.0)) + math.log(1 + math.exp(1.25))) / 2)
+    assert stats["accuracy"] == 0.5 and stats["margin"] == pytest.approx((1.0 - 1.25) / 2)
+    assert float(dpo_loss(torch.tensor([300.0]), torch.tensor([-300.0]), 1.0)[0]) == 0          # no overflow
+    assert dpo_coefficients(torch.zeros(4), torch.zeros(4), 0.1).tolist() == pytest.approx([-0.1 / 8] * 4)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 16])
+def test_the_step_is_the_gradient_of_the_loss(recorded, micro_batch):
+    "Against autograd through the plain loss of whole trajectories, from a policy that is not its own reference."
+    from accelerate import Accelerator
+
+    pairs = pair_up(recorded.success, 0)[:4]
+    batch = recorded[pairs.T.flatten()]
+    mask = action_mask(batch.finish_step, 2)
+    assert not mask.all()                                        # some trials end early: their later tokens must not count
+    reference = trajectory_log_probs(new_policy(), batch, mask, 1.0, 4) + torch.linspace(-1, 1, 8)
+    policy = new_policy()
+    total = torch.stack([(policy.log_probs(batch.frames[b, [0, 8]], batch.tokens[b], 1.0) * mask[b]).sum() for b in range(8)])
+    loss, _ = dpo_loss(*(total - reference).chunk(2), 0.3)
+    loss.backward()
+    wanted = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
+    other = new_policy()
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.0)
+    numbers = dpo_step(other, optimizer, batch, reference, replace(CONFIG, micro_batch=micro_batch, grad_clip=0.0), beta=0.3,
+                       temperature=1.0, accelerator=Accelerator())
+    found = torch.cat([p.grad.flatten() for p in other.parameters() if p.grad is not None])
+    assert numbers["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
+    assert (found - wanted).norm() < 1e-3 * wanted.norm()
+
+
+@pytest.mark.parametrize("won, lost", [(1, 9), (9, 1), (5, 5), (3, 7)])
+def test_pairs_use_everything(won, lost):
+    success = torch.tensor([True] * won + [False] * lost)[torch.randperm(won + lost, generator=torch.Generator().manual_seed(won))]
+    pairs = pair_up(success, 3)
+    assert len(pairs) == max(won, lost) and success[pairs[:, 0]].all() and not success[pairs[:, 1]].any()
+    assert pairs.unique().tolist() == list(range(won + lost))
+    rarer = pairs[:, 0 if won < lost else 1].unique(return_counts=True)[1]
+    assert int(rarer.max() - rarer.min()) <= 1
+    assert torch.equal(pairs, pair_up(success, 3))
+
+
+@pytest.mark.parametrize("outcome", [True, False])
+def test_one_sided_data_is_refused(recorded, outcome):
+    batch = replace(recorded, success=torch.full((len(recorded),), outcome))
+    with pytest.raises(UserError, match="succeed" if outcome else "fail"): train_dpo(new_policy(), batch, CONFIG, temperature=1.0)
+
+
+def test_dpo_learns_the_preference_and_resumes_to_the_bit(recorded, tmp_path):
+    rows = []
+    def train(policy, folder=None, stop=None):
+        def log(step, **numbers):
+            rows.append(numbers)
+            if step == stop: raise KeyboardInterrupt
+        checkpoints = Checkpointer(folder, 1) if folder else None
+        return weights(train_dpo(policy, recorded, CONFIG, epochs=2, temperature=1.0, checkpointer=checkpoints, log=log))
+    whole = train(new_policy())
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-4) and rows[-1]["loss"] < 0.5
+    assert rows[-1]["chosen"] > rows[-1]["rejected"]
+    with pytest.raises(KeyboardInterrupt): train(new_policy(), tmp_path, stop=3)
+    assert torch.equal(train(new_policy(), tmp_path), whole)
+
+
+def message(capsys, *arguments):
+    assert main(list(arguments)) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_bad_input_is_answered_before_work(capsys, tmp_path):
+    out = ("--output", str(tmp_path / "run"))
+    assert "nowhere" in message(capsys, "grpo", "--policy", "nowhere", *out)
+    assert "less than one group" in message(capsys, "grpo", "--collect.trajectories", "7", *out)
+    assert "must be positive" in message(capsys, "dpo", "--epochs", "0", *out)
+    assert "no estimate" in message(capsys, "dpo", "--dry-run", *out)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_commands_in_the_simulator_killed_and_resumed(tmp_path):
+    "Real processes, the real simulator, the shipped policy; DPO finds the trajectories where WMPO keeps them."
+    tiny = ["--workers", "0", "--collect.trajectories", "8", "--grpo.group_size", "4", "--grpo.groups", "1", "--grpo.max_draws", "1",
+            "--grpo.accuracy_low", "0", "--grpo.accuracy_high", "1", "--task.horizon", "32"]
+    start = [sys.executable, "-c", "from wmpo_nb.baselines import main; raise SystemExit(main())"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    grpo = [*start, "grpo", "--variant", "small", *tiny, "--output", str(tmp_path / "grpo")]
+    first = subprocess.Popen(grpo, env=env, start_new_session=True)
+    while first.poll() is None and not list((tmp_path / "grpo").glob("checkpoints/small/step_000001")): time.sleep(0.05)
+    if first.poll() is None: os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    subprocess.run([*grpo, "--resume"], env=env, check=True)
+    ledger = json.loads((tmp_path / "grpo/ledger.json").read_text())
+    assert ledger["real_trajectories"] == 8 and 0 < ledger["simulator_steps"] <= 8 * 32 and ledger["imagined_frames"] == 0
+    assert [e["spent"] for e in read_metrics(tmp_path / "grpo")] == [4, 8]
+    assert json.loads((tmp_path / "grpo/variants.json").read_text())["small"]["spent"] == 8
+    done = subprocess.run([*start, "dpo", *tiny, "--epochs", "1", "--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "dpo")],
+                          env=env, capture_output=True, text=True)
+    shards = list((tmp_path / "cache").glob("*/*.tar"))
+    assert len(shards) == 1
+    if done.returncode: assert "DPO needs successes and failures" in done.stderr       # eight trials may all end alike
+    else: assert json.loads((tmp_path / "dpo/ledger.json").read_text())["real_trajectories"] == 8
+    folder = "grpo" if done.returncode else "dpo"
+    assert (tmp_path / folder / "policy/model.safetensors").stat().st_size > 100_000

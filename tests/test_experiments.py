@@ -1,0 +1,232 @@
+"Cells: started in order, never twice, failures named; worlds disturbed where they should be; grasps judged by what the fingers did."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from wmpo_nb import simulator as simulator_room
+from wmpo_nb.experiments import (ABLATIONS, EXPERIMENTS, KINDS, BranchedDream, Job, artefact, branch_points, cells_of, changed_fields, disturb,
+                                 displaced, failed_grasps, is_finished, job_name, main, plan, read_json, result_of, run_jobs, same_preset, vary,
+                                 watch_trial, write_json)
+from wmpo_nb.presets import PRESETS, UserError, load_preset, override, seeds_for
+from wmpo_nb.results import PAGES
+from wmpo_nb.simulator import Simulator
+from wmpo_nb.trajectory import InitialState, Streams, TrajectoryBatch
+
+PRESET = load_preset("tiny_lift")
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_a_process_is_told_its_preset(name):
+    preset = override(override(load_preset(name), "grpo.learning_rate", "1e-7"), "collect.trajectories", "16")
+    words = changed_fields(preset)
+    assert load_preset(name, {k[2:]: v for k, v in zip(words[::2], words[1::2])}) == preset
+
+
+@pytest.mark.parametrize("experiment", sorted(EXPERIMENTS))
+def test_plans_are_complete_and_without_duplicates(experiment):
+    jobs = plan(experiment, PRESET, [128, 512], [0, 1])
+    names = [job.name for job in jobs]
+    assert len(set(names)) == len(names) and {need for job in jobs for need in job.needs} <= set(names)
+    assert all(job.kind in KINDS for job in jobs) and experiment in PAGES
+    assert sum(job.name.startswith(f"{experiment}/") for job in jobs) >= 4
+    # one base cell a seed serves both budgets, and says nothing about either
+    base = [job for job in jobs if job.kind == "base"]
+    assert experiment == "noise" or len(base) == 2 and {job.preset.collect.trajectories for job in base} == {128}
+
+
+def test_variants_change_what_they_say():
+    assert vary(PRESET, ABLATIONS["flow steps"]["30"])[0].world_model.flow_steps == 30
+    for variants in (ABLATIONS["group size"],):                       # as many trajectories per iteration, cut otherwise
+        for changes in variants.values():
+            changed = vary(PRESET, changes)[0].grpo
+            assert changed.groups * changed.group_size == PRESET.grpo.groups * PRESET.grpo.group_size
+    same, options = vary(PRESET, ABLATIONS["temperature"]["1.6"])
+    assert same == PRESET and options == {"temperature": 1.6}          # the P trajectories stay what they are
+    off = vary(PRESET, ABLATIONS["dynamic sampling"]["off"])[0].grpo
+    assert (off.accuracy_low, off.accuracy_high) == (0.0, 1.0)
+
+
+def writer(root, delay=0.0):
+    "A job that writes its cell and config, and fails if it is called so."
+    def start(job):
+        cell, config = Path(root, job.name, "cell.json"), Path(root, job.name, "config.json")
+        code = (f"import json, sys, time\nfrom pathlib import Path\ntime.sleep({delay})\n"
+                f"if {job.kind == 'fails'}: sys.exit('no luck today')\n"
+                f"Path({str(config)!r}).write_text(json.dumps({{'preset': {job.preset.to_dict()!r}}}))\n"
+                f"Path({str(cell)!r}).write_text(json.dumps({{'at': time.time()}}))")
+        return [sys.executable, "-S", "-c", code]
+    return start
+
+
+def test_jobs_run_in_order_once_and_failures_are_named(tmp_path, capsys):
+    jobs = [Job("late", "x", PRESET, 0, {}, ("early",)), Job("early", "x", PRESET, 0), Job("bad", "fails", PRESET, 0),
+            Job("victim", "x", PRESET, 0, {}, ("bad",)), Job("grandchild", "x", PRESET, 0, {}, ("victim",))]
+    assert run_jobs(tmp_path, jobs, writer(tmp_path), 2) == ["bad", "victim", "grandchild"]
+    at = {name: read_json(tmp_path / name / "cell.json")["at"] for name in ("early", "late")}
+    assert at["early"] < at["late"] and not (tmp_path / "victim/cell.json").exists()
+    assert "FAILED   bad: no luck today" in capsys.readouterr().out
+    healed = [job._replace(kind="x") for job in jobs]
+    assert run_jobs(tmp_path, healed, writer(tmp_path), 2) == []
+    assert {name: read_json(tmp_path / name / "cell.json")["at"] for name in at} == at           # not computed again
+
+
+def test_a_cell_of_other_settings_is_refused(tmp_path):
+    job = Job("one", "x", PRESET, 0)
+    assert not is_finished(tmp_path, job)
+    run_jobs(tmp_path, [job], writer(tmp_path), 1)
+    assert is_finished(tmp_path, job)
+    with pytest.raises(UserError, match="other settings"):
+        is_finished(tmp_path, job._replace(preset=override(PRESET, "grpo.iterations", "3")))
+
+
+def test_interrupting_ends_the_processes(tmp_path):
+    code = (f"from wmpo_nb.experiments import Job, run_jobs\nimport sys\nfrom wmpo_nb.presets import load_preset\n"
+            f"job = Job('slow', 'x', load_preset('tiny_lift'), 0)\n"
+            f"start = lambda job: [sys.executable, '-S', '-c', 'import os, time; open(r\"{tmp_path}/pid\", \"w\").write(str(os.getpid())); time.sleep(600)']\n"
+            f"run_jobs(r'{tmp_path}', [job], start, 1)")
+    # a shell in the background hands SIGINT down as ignored
+    parent = subprocess.Popen([sys.executable, "-c", "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" + code],
+                              stderr=subprocess.DEVNULL)
+    while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()): time.sleep(0.05)
+    child = int((tmp_path / "pid").read_text())
+    parent.send_signal(signal.SIGINT)
+    parent.wait(60)
+    with pytest.raises(ProcessLookupError): os.kill(child, 0)
+
+
+def test_presets_are_recognised_though_fields_are_added():
+    recorded = PRESET.to_dict()
+    del recorded["grpo"]["clip_low"]                                  # as if an older version had not known it
+    assert same_preset(recorded, PRESET) and not same_preset(recorded, override(PRESET, "grpo.clip_low", "0.1"))
+    assert same_preset(recorded, override(PRESET, "grpo.iterations", "1"), ("task", "evaluation"))
+
+
+def test_adopted_cells_point_elsewhere_and_results_do_not_say_where(tmp_path):
+    name = job_name("table1", PRESET, 0, "wmpo")
+    found = {"experiment": "table1", "preset": "tiny_lift", "P": 128, "seed": 0, "method": "wmpo", "reused": "/somewhere/private/demo"}
+    write_json(tmp_path / name / "cell.json", found)
+    assert artefact(tmp_path / name, "policy") == Path("/somewhere/private/demo/policy")
+    assert result_of(tmp_path, "table1")["cells"][0]["reused"] == "demo"
+    write_json(tmp_path / "lifelong/tiny_lift/P128/seed0/rounds/cell.json", {"seed": 0, "records": [{"round": 0}, {"round": 1}]})
+    assert [c["round"] for c in cells_of(tmp_path, "lifelong")] == [0, 1]
+
+
+def message(capsys, *arguments):
+    assert main(list(arguments)) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_bad_input_is_answered_before_work(capsys, tmp_path):
+    out = ("--output", str(tmp_path / "runs"), "--results", str(tmp_path / "results"))
+    assert "different" in message(capsys, "table1", "--seeds", "1", "1", *out)
+    assert "--plan" in message(capsys, "table1", "--dry-run", *out)
+    assert "--jobs" in message(capsys, "table1", "--jobs", "0", *out)
+    assert "not a finished run" in message(capsys, "table1", "--demo", str(tmp_path), *out)
+    assert "nowhere" in message(capsys, "noise", "--weights", "nowhere", *out)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_grasps_fail_by_what_the_fingers_did():
+    def found(held, gap, **options): return failed_grasps(np.array(held, bool), np.array(gap), **options)
+    wide, shut, grip = 0.08, 0.001, 0.04
+    assert found([0] * 5, [wide, shut, shut, wide, shut]) == [1, 4]           # twice, not three times
+    assert found([0, 1, 1, 1], [wide, grip, grip, grip]) == []
+    assert found([0, 1, 1, 0, 0], [wide, grip, grip, grip, grip]) == [4]      # held, and lost
+    assert found([0, 1, 1, 0, 0], [wide, grip, grip, grip, grip], drops=False) == []
+    assert found([0, 1, 0, 1, 1], [wide, grip, grip, grip, grip]) == []       # a sensor's flicker is no loss
+
+
+def test_branches_begin_where_the_trial_was(monkeypatch):
+    frames = torch.arange(2 * 17, dtype=torch.uint8).view(2, 17, 1, 1, 1).expand(-1, -1, 4, 4, 3)
+    length, none = torch.tensor([16, 8]), torch.zeros(2, 2, 0)
+    batch = TrajectoryBatch(frames, torch.zeros(2, 16, 7), none, none, torch.zeros(2, dtype=torch.bool), length, length, torch.tensor([70, 71]),
+                            torch.zeros(2, dtype=torch.long))
+    states, contexts = branch_points(batch)
+    assert [s.state_id for s in states] == [70000, 70008, 71000]              # the second trial was over after eight steps
+    assert [int(s.frame[0, 0, 0]) for s in states] == [0, 8, 17]
+    assert contexts[70008][:, 0, 0, 0].tolist() == [5, 6, 7, 8] and contexts[71000][:, 0, 0, 0].tolist() == [17] * 4
+
+
+@pytest.fixture(scope="module")
+def environment():
+    with Simulator(PRESET.task, 0): yield simulator_room._environment
+
+
+def test_disruptions_change_the_picture_and_nothing_else(environment):
+    seed, pictures, poses = seeds_for("selection", 1)[0], [], []
+    for disruption in ("none", "background", "texture"):
+        disturb(environment, disruption)
+        environment.reset(seed)
+        pictures.append(environment.frame().astype(int)), poses.append(environment.snapshot().state)
+    table, cube = (np.abs(b - a).max(2) > 8 for a, b in zip(pictures, pictures[1:]))
+    assert table.mean() > 0.3 and 0.003 < cube.mean() < 0.2                   # most of the picture; a few pixels
+    assert np.array_equal(poses[0], poses[1]) and np.array_equal(poses[0], poses[2])
+
+
+def test_displaced_objects_start_outside(environment):
+    inner = PRESET.task.placement / 2
+    chosen = displaced(environment, seeds_for("selection", 40), 3, inner)
+    for seed in chosen:
+        environment.reset(seed)
+        assert np.abs(environment.pose("cube")[0][:2]).max() > inner
+    assert chosen == displaced(environment, seeds_for("selection", 40), 3, inner)
+    with pytest.raises(UserError, match="only 0 of 2"): displaced(environment, seeds_for("selection", 2), 1, 1.0)
+
+
+def test_watching_sees_the_expert_hold_the_cube_and_a_hand_in_the_air_fail(environment):
+    from wmpo_nb.simulator import Style, script_trial
+    seed = seeds_for("selection", 1)[0]
+    trial = script_trial(environment, seed, Style())
+    assert trial["success"]
+    held, gap = watch_trial(environment, seed, trial["actions"][:trial["finish_step"]])
+    assert held[-1] and held.sum() > 2 and failed_grasps(held, gap) == [] and 0.02 < gap[-1] < 0.06
+    in_the_air = np.tile(np.array([0, 0, 0, 0, 0, 0, 1.0], np.float32), (12, 1))
+    held, gap = watch_trial(environment, seed, in_the_air)
+    assert not held.any() and gap[-1] < 0.01 and len(failed_grasps(held, gap)) == 1
+
+
+def test_a_branched_dream_starts_from_real_context():
+    from wmpo_nb.demo import SHIPPED, Parts
+    parts = Parts(SHIPPED, PRESET)
+    torch.manual_seed(0)
+    film = torch.randint(0, 256, (1, 4, 64, 64, 3), dtype=torch.uint8)
+    dream = BranchedDream(parts.world_model(), parts.vae, parts.classifier(), parts.stats, {5: film[0]})
+    state = InitialState(5, film[0, -1])
+    assert torch.equal(dream.reset([state], Streams(0, [5], [0]))[0], film[0, -1])
+    with torch.no_grad(): assert torch.allclose(dream.context, parts.vae.encode(film).float(), atol=0.05)
+
+
+# eight short trials of a policy that may never succeed: the cells that need a success may fail, and must say why
+TINY = ["--budgets", "8", "--seeds", "0", "--jobs", "1", "--grpo.group_size", "4", "--grpo.groups", "1", "--grpo.max_draws", "1",
+        "--grpo.accuracy_low", "0", "--grpo.accuracy_high", "1", "--alignment.steps", "1", "--grpo.iterations", "1", "--evaluation.states", "2",
+        "--evaluation.held_out", "2", "--world_model.flow_steps", "1"]
+
+
+def test_the_command_in_miniature(tmp_path):
+    "Real processes from the command line to the page; then the page alone, and the same command with nothing left to do."
+    env, start = os.environ | {"OMP_NUM_THREADS": "1"}, [sys.executable, "-c", "from wmpo_nb.experiments import main; raise SystemExit(main())"]
+    words = [*start, "table1", *TINY, "--output", str(tmp_path / "runs"), "--results", str(tmp_path / "results"), "--cache", str(tmp_path / "cache")]
+    done = subprocess.run(words, env=env, capture_output=True, text=True)
+    failures = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+    assert all("DPO needs successes and failures" in line or "no successful trajectory" in line for line in failures), done.stdout + done.stderr
+    assert done.returncode == (2 if failures else 0), done.stderr
+    record = json.loads((tmp_path / "results/table1.json").read_text())
+    by_method = {c["method"]: c for c in record["cells"]}
+    assert {"base", "grpo"} <= set(by_method) and len(by_method) + len(failures) == 4
+    assert by_method["grpo"]["ledger"]["real_trajectories"] == 8 and by_method["grpo"]["ledger"]["both_variants"] == 16
+    assert all(len(c["outcome"]["success"]) == 2 and c["outcome"]["states"] == by_method["base"]["outcome"]["states"] for c in record["cells"])
+    assert str(tmp_path) not in json.dumps(record) and "wmpo-experiment table1" in record["commands"][0]
+    assert "GRPO, online" in (tmp_path / "results/table1.md").read_text()
+    times = {p: p.stat().st_mtime for p in tmp_path.glob("runs/**/cell.json")}
+    listed = subprocess.run([*words, "--plan"], env=env, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert sum(line.startswith("done") for line in listed) == len(times) == 5 - len(failures)

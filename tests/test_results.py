@@ -1,0 +1,191 @@
+"Tables from outcomes: pairs are pairs, seeds are pooled only where both sides have them, and what is not significant is said."
+import base64
+import json
+import math
+
+import pytest
+import torch
+
+from wmpo_nb.evaluation import (Evaluation, calibration, chunk_psnr, departures, spearman, ssim, ssim_by_frame, verdict_flips, wilson)
+from wmpo_nb.presets import UserError
+from wmpo_nb.results import (PAGES, PAPER_TABLE1, best_baseline, checkpoint_correlation, compare, holm, outcome, page_markdown, paper_table1,
+                             pooled_rate, read_result, recoveries_markdown, relative_steps, select, table1_comparisons, table1_rows, truth_row,
+                             verdicts, write_pages)
+from wmpo_nb.trajectory import TrajectoryBatch
+
+
+def cell(method, success, seed=0, P=128, steps=20.0, start=0, **more):
+    found = {"states": [start, start + len(success) - 1], "success": success, "mean_steps": steps}
+    return {"experiment": "table1", "preset": "tiny_lift", "P": None if method == "base" else P, "seed": seed, "method": method,
+            "outcome": found, "ledger": {"real_trajectories": 0 if method == "base" else P, "imagined_frames": 7}} | more
+
+
+CELLS = [cell("base", "1100" * 16, s) for s in (0, 1)] + [cell("grpo", "1110" * 16, s) for s in (0, 1)] \
+    + [cell("dpo", "1100" * 16, s) for s in (0, 1)] + [cell("wmpo", "1111" * 16, 0, steps=18.0)]
+
+
+def test_outcome_keeps_order_and_length():
+    found = outcome(Evaluation(torch.arange(3) + 7, torch.tensor([True, False, True]), torch.tensor([10, 32, 13])))
+    assert found == {"states": [7, 9], "success": "101", "mean_steps": 11.5}
+    assert outcome(Evaluation(torch.arange(2), torch.zeros(2, dtype=torch.bool), torch.ones(2)))["mean_steps"] is None
+
+
+def test_only_common_seeds_are_compared():
+    found = compare(select(CELLS, method="base"), select(CELLS, method="wmpo"))
+    assert found["seeds"] == [0] and found["n"] == 64
+    assert found["difference"][0] == pytest.approx(0.5) and found["p"] == pytest.approx(2 ** -31)
+    assert compare({}, select(CELLS, method="wmpo")) is None
+
+
+def test_other_states_are_no_pairs():
+    with pytest.raises(UserError, match="not tried on the same states"):
+        compare(select(CELLS, method="base"), {0: cell("wmpo", "1111" * 16, start=5)})
+
+
+def test_a_seed_may_count_once():
+    with pytest.raises(UserError, match="same seed"): select([*CELLS, cell("wmpo", "0000")], method="wmpo")
+
+
+def test_pooling_lengths_and_the_best_baseline():
+    assert pooled_rate(select(CELLS, method="grpo")) == (96, 128)
+    assert best_baseline(CELLS, "tiny_lift", 128) == "grpo" and best_baseline(CELLS, "tiny_stack", 128) is None
+    assert relative_steps(select(CELLS, method="base"), select(CELLS, method="wmpo")) == pytest.approx(90.0)
+    rows = {row[0]: row for row in table1_rows(CELLS, "tiny_lift", 128)}
+    assert list(rows) == ["base policy", "GRPO, online (best baseline)", "DPO", "WMPO"]
+    assert rows["WMPO"][1].startswith("100.0 % (64/64") and "+25.0" in rows["WMPO"][4] and rows["WMPO"][5] == "90.0 %"
+    assert rows["base policy"][6] == "0" and rows["WMPO"][6] == "128"
+
+
+def test_what_is_not_significant_is_said():
+    lines = verdicts(table1_comparisons(CELLS))
+    assert any("DPO against base: **not significant**" in line for line in lines)
+    assert any("WMPO against base: above, significant" in line for line in lines)
+    # 0.04 alone would pass, with three others it does not (Holm)
+    assert holm({"a": 0.04}) == {"a"} and holm({"a": 0.04, "b": 0.5}) == set()
+
+
+def test_the_papers_numbers_are_shares_of_128():
+    "Every entry of Table 1 is k/128 rounded to a tenth, but one (DPO, ThreePieceAssembly, P = 1280), as the field study found."
+    off = [(key, r) for key, rates in PAPER_TABLE1.items() for r in rates if abs(round(r * 1.28) / 1.28 - r) > 0.051]
+    assert off == [(("dpo", 1280), 26.7)]
+    assert "61.7 (53 to 70)" in paper_table1()
+
+
+def truth(seed, confusion, real, dreamt):
+    return {"preset": "tiny_lift", "P": 128, "seed": seed, "setting": "aligned", "confusion": confusion, "real": real, "dreamt": dreamt,
+            "psnr": [100.0, 20.0], "flips": {"differ": 1, "n": 8, "share": 0.125, "interval": [0, 1]}}
+
+
+def test_truth_is_pooled_over_counts():
+    row = truth_row({0: truth(0, [[3, 1], [0, 4]], [4, 8], [5, 8]), 1: truth(1, [[1, 3], [2, 2]], [4, 8], [7, 8])})
+    assert row[0] == "62.5 %" and row[1].startswith("50.0 % (4/8") and row[2].startswith("25.0 % (2/8")
+    assert row[3].startswith("75.0 % (12/16") and row[5].startswith("12.5 % (2/16")
+
+
+def test_recoveries_are_shares_of_failed_grasps():
+    counts = {"trials": 100, "success": 60, "failed_grasp": 50, "recovered": 20}
+    text = recoveries_markdown([{"preset": "tiny_lift", "P": 128, "seed": 0, "method": "base", "counts": counts, "film": None}])
+    assert "40.0 % (20/50" in text and "33.3 % (20/60" in text and "50.0 % (50/100" in text
+
+
+def test_checkpoints_are_ranked_within_and_across_runs():
+    def run(seed, dreamt, real):
+        policies = [{"name": str(i), "dreamt": [d, 10], "real": [r, 10]} for i, (d, r) in enumerate(zip(dreamt, real))]
+        return {"preset": "tiny_lift", "P": 128, "seed": seed, "policies": policies}
+    found = checkpoint_correlation([run(0, [1, 2, 3, 4, 5], [2, 3, 4, 5, 6]), run(1, [5, 6, 7, 8, 9], [5, 4, 3, 2, 1])])
+    assert [v[1] for v in found.values()] == [pytest.approx(1.0), pytest.approx(-1.0), pytest.approx(found["all, P = all, seed all"][1])]
+    n, rho, low, high = found["tiny_lift, P = 128, seed 0"]
+    assert n == 5 and low < 0.5 and high < 1          # five points in perfect order are not certainty
+
+
+def test_pages_are_made_again_to_the_byte(tmp_path):
+    record = {"experiment": "table1", "commands": ["wmpo-experiment table1"], "cells": CELLS}
+    png = base64.b64encode(b"not really a picture").decode()
+    film = {"preset": "tiny_lift", "P": 128, "seed": 0, "method": "wmpo", "film": f"data:image/png;base64,{png}",
+            "counts": {"trials": 4, "success": 2, "failed_grasp": 1, "recovered": 1}}
+    (tmp_path / "table1.json").write_text(json.dumps(record))
+    (tmp_path / "recoveries.json").write_text(json.dumps({"experiment": "recoveries", "commands": [], "cells": [film]}))
+    (tmp_path / "tiny_lift.json").write_text(json.dumps({"preset": "tiny_lift"}))
+    first = {p: p.read_bytes() for page in write_pages(tmp_path) for p in (page, *tmp_path.glob("figures/*"))}
+    assert {p.name for p in first} == {"table1.md", "recoveries.md", "table1.png", "recovery_tiny_lift_128_wmpo_0.png"}
+    for path in first: path.unlink()
+    write_pages(tmp_path)
+    assert {p: p.read_bytes() for p in first} == first
+    assert (tmp_path / "figures/recovery_tiny_lift_128_wmpo_0.png").read_bytes() == b"not really a picture"
+    text = (tmp_path / "table1.md").read_text()
+    assert "`wmpo-experiment table1`" in text and "Seeds: 0, 1." in text and "Fewer than three seeds" in text
+    assert text.index("WMPO against base") < text.index("The paper's own Table 1")
+
+
+def test_a_damaged_result_is_named(tmp_path):
+    (tmp_path / "noise.json").write_text("{")
+    with pytest.raises(UserError, match="noise.json"): read_result(tmp_path / "noise.json")
+
+
+def test_every_page_of_nothing_special_can_be_written():
+    for name, (title, *_) in PAGES.items():
+        if name == "table1": assert page_markdown({"experiment": name, "commands": [], "cells": CELLS}).startswith(f"# {title}")
+
+
+def test_ssim_against_its_definition_and_its_limits():
+    torch.manual_seed(0)
+    frames = torch.randint(0, 256, (2, 24, 24, 3), dtype=torch.uint8)
+    assert ssim(frames, frames).tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
+    flat, light = (torch.full((1, 12, 12, 3), level, dtype=torch.uint8) for level in (100, 130))
+    assert float(ssim(flat, light)) == pytest.approx((2 * 100 * 130 + 6.5025) / (100 ** 2 + 130 ** 2 + 6.5025), abs=1e-4)
+    assert abs(float(ssim(frames[:1], frames[1:]))) < 0.1                  # unrelated noise
+    # a window of constant weights over one 11 x 11 frame, by hand with the Gaussian weights
+    one, two = frames[:1, :11, :11, :1].expand(-1, -1, -1, 3), frames[1:, :11, :11, :1].expand(-1, -1, -1, 3)
+    w = torch.outer(*[torch.exp(-((torch.arange(11) - 5.0) ** 2) / 4.5)] * 2)
+    w, x, y = w / w.sum(), one[0, :, :, 0].float(), two[0, :, :, 0].float()
+    mx, my = (w * x).sum(), (w * y).sum()
+    vx, vy, c = (w * (x - mx) ** 2).sum(), (w * (y - my) ** 2).sum(), (w * (x - mx) * (y - my)).sum()
+    wanted = (2 * mx * my + 6.5025) * (2 * c + 58.5225) / ((mx ** 2 + my ** 2 + 6.5025) * (vx + vy + 58.5225))
+    assert float(ssim(one, two)) == pytest.approx(float(wanted), abs=1e-3)
+
+
+def films(levels, length):
+    "Flat grey films: `levels` [B][T+1]."
+    frames = torch.tensor(levels, dtype=torch.uint8)[:, :, None, None, None].expand(-1, -1, 16, 16, 3)
+    B, T = len(levels), len(levels[0]) - 1
+    return TrajectoryBatch(frames, torch.zeros(B, T, 7), torch.zeros(B, T // 8, 0), torch.zeros(B, T // 8, 0), torch.zeros(B, dtype=torch.bool),
+                           torch.tensor(length), torch.tensor(length), torch.arange(B), torch.zeros(B, dtype=torch.long))
+
+
+def test_departure_is_measured_against_a_stranger():
+    real = films([[100] * 17, [140] * 17], [16, 16])
+    # the first dream stays 10 grey levels off, the second leaves in its second chunk, by more than the strangers' 40
+    dreamt = films([[100] + [110] * 16, [140] + [130] * 8 + [60] * 8], [16, 16])
+    found = departures(real, dreamt)
+    assert found["departed"] == [0, 1] and found["stayed"] == 1
+    assert found["stranger"] == pytest.approx([20 * math.log10(255 / 40)] * 2, abs=1e-3)
+    assert float(chunk_psnr(real.frames, dreamt.frames)[0, 0]) == pytest.approx(20 * math.log10(25.5), abs=1e-3)
+    assert found["error_map"][0] == [[10.0] * 8] * 8 and found["error_map"][1] == [[45.0] * 8] * 8
+    # a chunk that was never executed does not count
+    assert departures(films([[100] * 17, [140] * 17], [16, 8]), dreamt)["departed"] == [0, 0]
+    assert ssim_by_frame(real.frames, real.frames, real.length).tolist() == pytest.approx([1.0] * 17, abs=1e-5)
+
+
+def test_calibration_counts_and_gaps():
+    found = calibration(torch.tensor([0.0, 0.1, 0.5, 0.95, 1.0]), torch.tensor([False, True, True, True, True]))
+    assert [b["n"] for b in found["bins"]] == [2, 0, 1, 0, 2] and [b["successes"] for b in found["bins"]] == [1, 0, 1, 0, 2]
+    assert found["ece"] == pytest.approx((abs(0.1 - 1) + abs(0.5 - 1) + abs(1.95 - 2)) / 5)
+    assert found["brier"] == pytest.approx((0 + 0.81 + 0.25 + 0.0025 + 0) / 5)
+
+
+@pytest.mark.parametrize("x, y, rho", [([1, 2, 3, 4, 5], [5, 6, 7, 8, 7], 0.8207826816681233), ([1, 1, 2, 2], [1, 2, 3, 4], 0.8944271909999159)])
+def test_spearman_with_ties(x, y, rho):
+    found, low, high = spearman(torch.tensor(x), torch.tensor(y))
+    assert found == pytest.approx(rho) and -1 <= low < found < high <= 1
+    assert spearman(torch.tensor(y), torch.tensor(x))[0] == pytest.approx(rho)
+
+
+def test_spearman_of_nothing_knows_nothing():
+    assert spearman([1, 1, 1], [1, 2, 3])[1:] == (-1.0, 1.0) and math.isnan(spearman([1, 1, 1], [1, 2, 3])[0])
+    assert spearman([1, 2, 3], [1, 2, 3]) == (1.0, -1.0, 1.0)
+
+
+def test_flips_are_counted_with_an_interval():
+    found = verdict_flips(torch.tensor([True, False, True, True]), torch.tensor([True, True, True, False]))
+    assert (found["differ"], found["n"], found["share"]) == (2, 4, 0.5)
+    assert found["interval"] == [round(x, 4) for x in wilson(2, 4)]
