@@ -30,6 +30,7 @@ LINK = re.compile(r'(\]\(|src="|href=")(?![a-z]+:|#)([^)#"\s]+)')
 # pages that stand for a file or a folder of the repository
 ALIASES = {"README.md": "index.ipynb", "nbs/index.ipynb": "index.ipynb", "nbs": "index.ipynb", "data_cards": "docs/cards.md",
            "results": "docs/results.md", "benchmarks": "docs/results.md", "docs/recipes": "docs/recipes/index.md"}
+MADE = {"play.html"}                       # what the build adds after Sphinx
 MATHJAX = NpmPackage("mathjax", "3.2.2", "sha512-Bt+SSVU8eBG27zChVewOicYs7Xsdt40qm4+UpHyX7k0/O9NliPc+x77k1/FEsPsjKPZGJvtRZM1vO+geW0OhGw==")
 MATHJAX_FILES = re.compile(r"package/es5/(tex-mml-chtml\.js|output/chtml/fonts/woff-v2/.+\.woff)$")
 HIDDEN = re.compile(r"^#\|\s*(hide|default_exp\b.*)\s*$", re.M)
@@ -38,13 +39,15 @@ HIDDEN = re.compile(r"^#\|\s*(hide|default_exp\b.*)\s*$", re.M)
 def staged_target(target: str, page: str, staged: str) -> str:
     "A link `target` of the repository's file `page`, as a link from its staged place. Other files it names are staged, too."
     wanted = normpath(f"{dirname(page)}/{target}".lstrip("/")).rstrip("/")
+    if wanted in MADE: return relpath(wanted, dirname(staged) or ".")
     found = ALIASES.get(wanted, wanted)
     module = re.fullmatch(r"wmpo_nb/(\w+)\.py", found)
     if module: found = f"api/{module[1]}.md"
     elif found == wanted:
         if not (ROOT / found).exists(): raise SystemExit(f"{page} links to {target}, which is not there")
-        if (ROOT / found).is_dir(): raise SystemExit(f"{page} links to the folder {target}: name a file of it")
-        if not (SOURCE / found).exists() and not found.endswith((".md", ".ipynb")): copy(found)
+        # a folder has no page: the front page is at least a place to go on from
+        if (ROOT / found).is_dir(): found = "index.ipynb"
+        elif not (SOURCE / found).exists() and not found.endswith((".md", ".ipynb")): copy(found)
     return relpath(found, dirname(staged) or ".")
 
 
@@ -109,6 +112,13 @@ def stage_markdown(page: str):
     (SOURCE / page).write_text(with_links(text, page, page), encoding="utf-8")
 
 
+def contents() -> str:
+    "The tables of contents for the front page; a page in docs/ that they do not name is listed where they say `others`."
+    text = (ROOT / "docs/contents.txt").read_text(encoding="utf-8")
+    others = [f"docs/{path.stem}" for path in sorted((ROOT / "docs").glob("*.md")) if f"docs/{path.stem}\n" not in text]
+    return text.replace("others\n", "".join(f"{name}\n" for name in others))
+
+
 def stage():
     "Everything Sphinx reads, afresh."
     shutil.rmtree(SOURCE, ignore_errors=True)
@@ -116,7 +126,7 @@ def stage():
     for name in ("conf.py", "_static"):
         target = SOURCE / name
         shutil.copytree(ROOT / "docs" / name, target) if name == "_static" else shutil.copyfile(ROOT / "docs" / name, target)
-    stage_notebook("nbs/index.ipynb", "index.ipynb", (ROOT / "docs/contents.txt").read_text(encoding="utf-8"))
+    stage_notebook("nbs/index.ipynb", "index.ipynb", contents())
     for path in sorted((ROOT / "nbs").glob("[0-9]*.ipynb")): stage_notebook(f"nbs/{path.name}", f"nbs/{path.name}")
     for folder in ("results", "benchmarks", "data_cards", "docs", "docs/recipes"):
         for path in sorted((ROOT / folder).glob("*.md")): stage_markdown(f"{folder}/{path.name}")
