@@ -14,8 +14,8 @@ myst_enable_extensions = ["dollarmath", "amsmath", "deflist", "attrs_inline"]
 myst_heading_anchors = 4
 myst_dmath_double_inline = True
 nb_code_prompt_show = "Show {type}"
-# a file may start a section at any level, and the folder of recipes may be empty; everything else is an error
-suppress_warnings = ["myst.header", "toc.empty_glob"]
+# a file may start a section at any level; everything else is an error
+suppress_warnings = ["myst.header"]
 
 # no request leaves the page: MathJax and its fonts are in _static, the theme brings no web fonts
 mathjax_path = "mathjax/tex-mml-chtml.js"

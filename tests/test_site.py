@@ -1,6 +1,6 @@
 """The documentation site, built as `make docs` builds it and looked at in a browser.
 
-`SITE=docs/_build/html` takes a site that is already there. Without a browser the tests that need one are skipped."""
+`SITE=docs/_build/html` takes a site that is already there, `PATIENCE=10` waits ten times as long (on a busy machine). Without a browser the tests that need one are skipped."""
 import os
 import shutil
 import subprocess
@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 ROOT = Path(__file__).parent.parent
+PATIENCE = 60_000 * float(os.environ.get("PATIENCE", 1))          # milliseconds
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -125,7 +126,7 @@ def open_page(browser, address):
 
     def open_one(path: str, **settings):
         contexts.append(browser.new_context(**{"viewport": {"width": 1200, "height": 900}} | settings))
-        contexts[-1].set_default_timeout(60_000)
+        contexts[-1].set_default_timeout(PATIENCE)
         page = watch(contexts[-1].new_page())
         page.goto(f"{address}/{path}")
         return page
@@ -205,7 +206,7 @@ def press(page, key: str) -> str:
 def play(open_page):
     def open_play(**settings):
         page = open_page("play.html", **settings)
-        page.wait_for_selector("body[data-state]", timeout=120_000)
+        page.wait_for_selector("body[data-state]", timeout=2 * PATIENCE)
         assert page.get_attribute("body", "data-state") == "ready", page.inner_text("#status")
         return page
     return open_play
@@ -221,18 +222,19 @@ def test_a_key_moves_the_dream(play):
     assert not [url for url in sent if not url.startswith(("data:", "blob:"))]
     fastest = min(float((press(page, "s"), page.get_attribute("body", "data-milliseconds"))[1]) for _ in range(4))
     print(f"\nplay page: {1000 / fastest:.1f} chunks a second")
-    assert fastest < 2000, "more than two seconds a chunk: 0.5 s is the aim, on a machine with nothing else to do"
+    assert fastest < 2000 * PATIENCE / 60_000, "more than two seconds a chunk: 0.5 s is the aim, on a machine with nothing else to do"
 
 
 def test_play_works_from_a_file_and_on_a_phone(browser, site):
     "A page of one file: opened without a server. Its content security policy would refuse any request."
     context = browser.new_context(viewport={"width": 375, "height": 700})
+    context.set_default_timeout(PATIENCE)
     page, sent = context.new_page(), []
     page.on("request", lambda request: sent.append(request.url))
     page.goto((site / "play.html").as_uri())
-    page.wait_for_selector("body[data-state='ready']", timeout=120_000)
+    page.wait_for_selector("body[data-state='ready']", timeout=2 * PATIENCE)
     page.get_by_role("button", name="fingers").click()
-    page.wait_for_selector("body[data-chunks='1']", timeout=60_000)
+    page.wait_for_selector("body[data-chunks='1']", timeout=PATIENCE)
     assert "closed" in page.inner_text("#dream-caption")
     assert not [url for url in sent if not url.startswith(("file:", "data:", "blob:"))]
     assert page.locator("body").bounding_box()["width"] <= 375

@@ -307,6 +307,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'wmpo_nb.play.RealRotary': ('play.html#realrotary', 'wmpo_nb/play.py'),
                               'wmpo_nb.play.RealRotary.__init__': ('play.html#realrotary.__init__', 'wmpo_nb/play.py'),
                               'wmpo_nb.play.RealRotary.forward': ('play.html#realrotary.forward', 'wmpo_nb/play.py'),
+                              'wmpo_nb.play.Widget': ('play.html#widget', 'wmpo_nb/play.py'),
+                              'wmpo_nb.play.Widget._repr_html_': ('play.html#widget._repr_html_', 'wmpo_nb/play.py'),
                               'wmpo_nb.play._beside': ('play.html#_beside', 'wmpo_nb/play.py'),
                               'wmpo_nb.play._pack': ('play.html#_pack', 'wmpo_nb/play.py'),
                               'wmpo_nb.play.directions': ('play.html#directions', 'wmpo_nb/play.py'),

@@ -3,11 +3,11 @@
 # %% auto #0
 __all__ = ['PRESS', 'REACH', 'ONNXRUNTIME', 'TEMPLATE', 'RUNTIME_FILES', 'RealRotary', 'GeneratedOnly', 'FlowStep', 'Decoder',
            'Judge', 'networks', 'to_onnx', 'recordings', 'film_url', 'starts', 'directions', 'NpmPackage',
-           'has_integrity', 'fetch_package', 'packed', 'page_spec', 'runtime_parts', 'page', 'export_page', 'show_page',
-           'save_gif', 'main', 'write_gif']
+           'has_integrity', 'fetch_package', 'packed', 'page_spec', 'runtime_parts', 'page', 'export_page', 'Widget',
+           'show_page', 'save_gif', 'main', 'write_gif']
 
 # %% ../nbs/24_play.ipynb #932abeb9
-import base64, copy, gzip, hashlib, io, json, math, shutil, subprocess, tarfile
+import base64, copy, gzip, hashlib, importlib.util, io, json, logging, math, shutil, subprocess, tarfile, warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,16 +17,16 @@ import torch
 from torch import nn
 
 # %% ../nbs/24_play.ipynb #07321027
+from .alignment import load_world_model
 from .demo import SHIPPED, Parts
 from .dream import Dream
 from .evaluation import replay
 from .flow import euler_timesteps
-from .presets import TaskConfig, UserError, seeds_for
+from .presets import TaskConfig, UserError, load_preset, seeds_for
 from .reward import load_reward
 from .run import atomic_write, command, parse_preset, preset_parser
 from .simulator import Simulator, choose_gl
 from .trajectory import InitialState, TrajectoryBatch, rollout
-from .alignment import load_world_model
 
 # %% ../nbs/24_play.ipynb #fa880220
 class RealRotary(nn.Module):
@@ -106,9 +106,7 @@ def networks(parts: Parts, world_model, classifier) -> dict:
 # %% ../nbs/24_play.ipynb #bde7803f
 def to_onnx(module: nn.Module, inputs: dict) -> bytes:
     "`module` as an ONNX file for inputs of exactly these shapes, float32; the output is called `out`. Needs the extra `docs`."
-    import logging, warnings
-    try: import onnxscript  # noqa: F401
-    except ImportError: raise UserError("exporting needs onnx and onnxscript: pip install 'wmpo_nb[docs]'") from None
+    if not importlib.util.find_spec("onnxscript"): raise UserError("exporting needs onnx and onnxscript: pip install 'wmpo_nb[docs]'")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -244,7 +242,6 @@ def export_page(path: Path, weights: Path = SHIPPED, preset=None, *, cache: Path
     """Write the page for the networks of folder `weights`; `world_model` and `classifier` replace two of them (an aligned dream).
 
     Records trials in the simulator and exports to ONNX, which takes a minute. Raises `UserError` when something is missing."""
-    from wmpo_nb.presets import load_preset
     archive = fetch_package(ONNXRUNTIME, cache)
     parts = Parts(weights, preset or load_preset("tiny_lift"))
     world_model, classifier = world_model or parts.world_model(), classifier or parts.classifier()
@@ -255,11 +252,19 @@ def export_page(path: Path, weights: Path = SHIPPED, preset=None, *, cache: Path
     return Path(path)
 
 # %% ../nbs/24_play.ipynb #cc16c6b0
-def show_page(path: Path, height: int = 720):
-    "The page at `path` in a notebook."
-    from IPython.display import IFrame
+@dataclass(frozen=True)
+class Widget:
+    "A page as the output of a notebook cell; `height` in pixels."
+    path: Path
+    height: int = 720
+
+    def _repr_html_(self): return f'<iframe src="{self.path.as_posix()}" style="width: 100%; height: {self.height}px; border: 0"></iframe>'
+
+
+def show_page(path: Path, height: int = 720) -> Widget:
+    "The page at `path` in a notebook. Raises `UserError` when there is none."
     if not Path(path).is_file(): raise UserError(f"{path} is missing: make it with wmpo-play")
-    return IFrame(str(path), "100%", height)
+    return Widget(Path(path), height)
 
 # %% ../nbs/24_play.ipynb #1b863336
 def _beside(real: torch.Tensor, dream: torch.Tensor):
