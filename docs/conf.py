@@ -11,6 +11,7 @@ nb_execution_mode = "off"
 nb_merge_streams = True
 nb_number_source_lines = False
 myst_enable_extensions = ["dollarmath", "amsmath", "deflist", "attrs_inline"]
+smartquotes = False                       # shapes such as [B, ...] stay as they are
 myst_heading_anchors = 4
 myst_dmath_double_inline = True
 nb_code_prompt_show = "Show {type}"
