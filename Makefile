@@ -3,6 +3,7 @@
 # make setup   only the environment, in .venv (the commands are in .venv/bin)
 # make export  after editing a notebook: write the modules, clean the notebooks
 # make readme  after editing nbs/index.ipynb: write README.md
+# make docs    the documentation site, in docs/_build/html; no request leaves its pages
 # make clean   remove the environment and everything that can be made again; runs/ is kept
 #
 # Needs Python 3.11 or newer and git. PyTorch is installed without CUDA; with it:
@@ -15,7 +16,7 @@ GL_PACKAGES := libegl1 libegl-mesa0 libgl1-mesa-dri
 # what the simulator draws with: a name for each library that can be loaded
 GL_FOUND = $(PYTHON) -c "import ctypes.util as u; print(*(n for n in ('OSMesa', 'EGL') if u.find_library(n)))"
 
-.PHONY: demo setup gl test export readme clean
+.PHONY: demo setup gl web test docs export readme clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -29,7 +30,7 @@ setup: gl .venv/installed
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --no-deps --retries 1 --timeout 15 --extra-index-url $(TORCH_INDEX) -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -e ".[dev]" -c constraints.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -e ".[dev,docs]" -c constraints.txt
 	touch $@
 
 # Drawing without a screen needs Mesa. Root on Debian or Ubuntu gets it; others are told what to install.
@@ -46,12 +47,31 @@ gl:
 		[ -n "$$($(GL_FOUND))" ] || { echo "Neither libOSMesa nor libEGL can be loaded."; exit 1; }; \
 	fi
 
+# The site's build fetches two JavaScript libraries with npm, its tests look at it in a browser. As above; without them the
+# build says what is missing and the tests of the browser are skipped.
+web:
+	@packages=""; browser=""; \
+	for name in chromium chromium-browser google-chrome; do command -v $$name > /dev/null && browser=$$name; done; \
+	command -v npm > /dev/null || packages="npm"; \
+	[ -n "$$browser" ] || packages="$$packages chromium"; \
+	if [ -z "$$packages" ]; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+		export DEBIAN_FRONTEND=noninteractive; \
+		apt-get install -qq -y --no-install-recommends $$packages > /dev/null 2>&1 || \
+			{ apt-get update -qq && apt-get install -qq -y --no-install-recommends $$packages > /dev/null; }; \
+	else \
+		echo "For the documentation site and its tests install: $$packages"; \
+	fi
+
 # one thread per process: steadier on a busy machine than two, and the notebooks run two at a time
 test: export OMP_NUM_THREADS = 1
-test: setup
+test: setup web
 	$(BIN)/ruff check
 	$(BIN)/pytest -q
 	$(BIN)/nbdev-test --n-workers 2
+
+docs: setup web
+	OMP_NUM_THREADS=1 $(BIN)/python docs/build.py
 
 export: setup
 	$(BIN)/nbdev-export
@@ -62,6 +82,6 @@ readme: setup
 	mv README.md.tmp README.md
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache README.md.tmp
+	rm -rf .venv build docs/_build dist *.egg-info .pytest_cache .ruff_cache README.md.tmp
 	find wmpo_nb tests nbs -name __pycache__ -prune -exec rm -rf {} +
 	find nbs -name .ipynb_checkpoints -prune -exec rm -rf {} +

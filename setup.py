@@ -43,9 +43,9 @@ setup(
     ],
     python_requires=f">={settings['min_python']}",
     packages=["wmpo_nb"],
-    package_data={"wmpo_nb": ["weights/*.safetensors", "weights/*/*.safetensors", "weights/*/*.json", "reference_*.npz"]},
+    package_data={"wmpo_nb": ["weights/*.safetensors", "weights/*/*.safetensors", "weights/*/*.json", "reference_*.npz", "play.html"]},
     include_package_data=False,
     install_requires=lines("requirements"),
-    extras_require={"dev": lines("dev_requirements"), "tested": tested()},
+    extras_require={"dev": lines("dev_requirements"), "docs": lines("docs_requirements"), "tested": tested()},
     entry_points={"console_scripts": lines("console_scripts")},
 )

@@ -110,7 +110,7 @@ def test_every_import_is_a_requirement():
 def test_constraints_are_what_the_settings_admit():
     pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines()
                   if line and not line.startswith("#"))
-    for line in setting("requirements") + setting("dev_requirements"):
+    for line in setting("requirements") + setting("dev_requirements") + setting("docs_requirements"):
         requirement = Requirement(line)
         assert requirement.specifier.contains(pinned[requirement.name]), line
 

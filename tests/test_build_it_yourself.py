@@ -1,0 +1,91 @@
+"Notebook 27: the folded solutions pass its checks, typical mistakes are named, and the loop learns with the student's parts."
+import json
+import re
+from pathlib import Path
+
+import matplotlib
+import pytest
+
+NOTEBOOK = Path(__file__).parent.parent / "nbs/27_build_it_yourself.ipynb"
+CELLS = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(NOTEBOOK.read_text())["cells"]]
+BLANKS = {re.match(r"# your turn: (.+)", source)[1]: i for i, (kind, source) in enumerate(CELLS)
+          if kind == "code" and source.startswith("# your turn")}
+FOLDED = [re.search(r"<summary>Solution</summary>\n\n```python\n(.*?)```", source, re.S) for kind, source in CELLS if kind == "markdown"]
+SOLUTIONS = dict(zip(BLANKS, (found[1] for found in FOLDED if found), strict=True))
+LOOP = next(i for i, (_, source) in enumerate(CELLS) if source.startswith("## Your parts"))
+
+
+def run(answers: dict, stop: int = len(CELLS)) -> dict:
+    "Names after the code cells before `stop`, the blanks filled with `answers`."
+    matplotlib.use("Agg")
+    names, filled = {}, {BLANKS[name]: code for name, code in answers.items()}
+    for i, (kind, source) in enumerate(CELLS[:stop]):
+        if kind == "code": exec(compile(filled.get(i, source), f"<cell {i}>", "exec"), names)
+    return names
+
+
+def test_the_blanks_are_blank_and_the_notebook_goes_on(capsys):
+    assert list(BLANKS) == ["modulate", "causal_attention", "velocity_target", "noisy_windows", "verdict", "advantages, policy_loss"]
+    assert run({}, LOOP)["mine"] == {}
+    assert capsys.readouterr().out.count("not written yet") == 6
+
+
+def test_the_solutions_pass(capsys):
+    assert set(run(SOLUTIONS, LOOP)["mine"]) == {name for names in BLANKS for name in names.split(", ")}
+    assert capsys.readouterr().out.count("✓") == 6
+
+
+# what to replace in the solution, and what the student should read
+MISTAKES = [
+    ("modulate", "(1 + scale)", "scale", "the factor is 1 + scale"),
+    ("modulate", "x.shape[-1:]", "x.shape[-2:]", "mean 0 over its channels"),
+    ("modulate", "+ shift", "+ shift.mean(1, keepdim=True)", "the shift is added"),
+    ("modulate", "return ", "", "is there a return"),
+    ("causal_attention", ".masked_fill(later, float(\"-inf\"))", "", "must not look at later ones"),
+    ("causal_attention", ".softmax(-1)", ".softmax(-2)", "sees only itself"),
+    ("causal_attention", "keys - queries + 1", "1", "query i is frame 2 + i"),
+    ("causal_attention", "torch.cat([past[0], k], -2)", "torch.cat([k, past[0]], -2)", "the past keys and values followed by the new"),
+    ("causal_attention", ", (k, v)", "", "return two things"),
+    ("velocity_target", "x0 - noise", "noise - x0", "the wrong way round"),
+    ("velocity_target", "x0 - noise", "noise", "the noise itself"),
+    ("noisy_windows", "context_noise / 1000", "0", "the context is clean"),
+    ("noisy_windows", "    share[:, :, :c] = context_noise / 1000\n", "", "must not depend on the flow time"),
+    ("noisy_windows", "(1 - share) * latents + share * noise", "latents.mul_(1 - share) + share * noise", "it changed the latents"),
+    ("verdict", ">=", ">", "exactly at the threshold counts"),
+    ("verdict", "above.int().argmax(1)", "(scores * above).argmax(1)", "earliest"),
+    ("verdict", "ends[earliest] - 1", "ends[earliest]", "has last frame 8; you say 9"),
+    ("verdict", " & (ends - 1 <= length[:, None])", "", "beyond frame"),
+    ("advantages, policy_loss", ".masked_fill(alike, 0.0)", ".add(0.1)", "sum to 0"),
+    ("advantages, policy_loss", "(deviation + 1e-6)).masked_fill(alike, 0.0)", "deviation)", "nan"),
+    ("advantages, policy_loss", "groups.std(1, keepdim=True)", "groups.std(1, keepdim=True, correction=0)", "unbiased"),
+    ("advantages, policy_loss", "torch.maximum", "torch.minimum", "no more"),
+    ("advantages, policy_loss", "(losses * mask).sum(1) / mask.sum(1)", "(losses * mask).sum(1) / 5", "however long"),
+    ("advantages, policy_loss", "(losses * mask)", "losses", "however long"),
+    ("advantages, policy_loss", "1 + clip_high", "1 + clip_low", "1.28"),
+]
+
+
+@pytest.mark.parametrize("name, right, wrong, told", MISTAKES, ids=lambda value: value.strip()[:24] if isinstance(value, str) else None)
+def test_mistakes_are_named(name, right, wrong, told, exercises):
+    assert right in SOLUTIONS[name]
+    names, said = exercises
+    exec(SOLUTIONS[name].replace(right, wrong), names)
+    said.clear()
+    names["check"](names[f"test_{'grpo' if 'advantages' in name else name}"], *(names[part] for part in name.split(", ")))
+    assert len(said) == 1 and said[0].startswith("✗") and told in said[0], said
+
+
+@pytest.fixture(scope="module")
+def exercises():
+    "The notebook's names before the loop, and what `check` has said."
+    said = []
+    names = run({}, LOOP)
+    names["print"] = lambda text: said.append(text)
+    return names, said
+
+
+def test_the_loop_learns_with_the_students_parts():
+    names = run(SOLUTIONS)
+    assert set(names["mine"]) == set(names["calls"]) and min(names["calls"].values()) > 0
+    assert names["after"] > names["before"] + 0.25
+    assert names["stdit_room"].modulate is names["kit_modulate"], "the kit was left with the student's parts in it"
