@@ -126,10 +126,9 @@ def main(argv=None):
     parser.add_argument("--align", metavar="FILE", help="weights to fine-tune; without it training starts from random weights")
     args, preset = parse_preset(parser, argv)
     stage, config = ("align", preset.alignment) if args.align else ("pretraining", preset.pretraining)
-    vae, stats = load_vae(args.vae), load_stats(args.stats)
+    vae, stats, batch = load_vae(args.vae), load_stats(args.stats), read_shards(args.data)
     torch.manual_seed(args.seed)
     world_model = load_world_model(args.align) if args.align else make_world_model(preset)
-    batch = read_shards(args.data)
     run = open_run(args, preset, "wmpo-train-world-model")
     with run.stage(stage):
         windows = encode_windows(vae, batch, stats, preset.world_model.context_frames, preset.world_model.chunk_size)
