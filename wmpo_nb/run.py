@@ -788,6 +788,7 @@ def done(self: Run, stage: str):
 @patch
 def is_done(self: Run, stage: str) -> bool: return stage in self._done
 
+# %% ../nbs/01_run.ipynb #7187b86f
 @patch
 def checkpointer(self: Run, every: int, stage: str = "") -> Checkpointer:
     "Checkpoints of one `stage`, `every` so many steps."
