@@ -39,11 +39,11 @@ SMALL = {"task.image_size": 16, "task.horizon": 24, "policy.image_size": 16, "po
          "stdit.patch_size": "[1, 2, 2]", "world_model.image_size": 16, "world_model.flow_steps": 2, "reward.image_size": 16,
          "reward.hidden_size": 16, "reward.num_layers": 1, "reward.num_heads": 2, "reward.intermediate_size": 32}
 # enough steps for a few seconds of work after the seconds of starting up
-TRAINING = {"sft": {"sft.steps": 300, "sft.checkpoint_every": 20}, "vae": {"vae_training.steps": 300, "vae_training.checkpoint_every": 20},
+TRAINING = {"sft": {"sft.steps": 120, "sft.checkpoint_every": 20}, "vae": {"vae_training.steps": 300, "vae_training.checkpoint_every": 20},
             "world_model": {"pretraining.steps": 200, "pretraining.checkpoint_every": 20},
             "alignment": {"alignment.steps": 200, "alignment.checkpoint_every": 20},
             "reward": {"reward_pretraining.steps": 200, "reward_pretraining.checkpoint_every": 20},
-            "grpo": {"grpo.iterations": 12, "grpo.groups": 3, "grpo.group_size": 4, "grpo.draw_multiple": 5, "grpo.mini_batch": 6,
+            "grpo": {"grpo.iterations": 5, "grpo.groups": 3, "grpo.group_size": 4, "grpo.draw_multiple": 5, "grpo.mini_batch": 6,
                      "grpo.micro_batch": 2, "grpo.max_draws": 10}}
 MEASURED = ("frames_per_second", "memory_mb")
 

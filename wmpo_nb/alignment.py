@@ -190,10 +190,9 @@ def main(argv=None):
     "Console script `wmpo-train-world-model`: pre-train on, or align with, a folder of trajectories."
     args, preset = parse_preset(_parser(), argv)
     stage, config = ("align", preset.alignment) if args.align else ("pretraining", preset.pretraining)
-    vae, stats = load_vae(args.vae), load_stats(args.stats, stats_entry(args.stats, preset))
+    vae, stats, batch = load_vae(args.vae), load_stats(args.stats, stats_entry(args.stats, preset)), read_shards(args.data)
     torch.manual_seed(args.seed)
     world_model = load_world_model(args.align, preset=preset, dtype=torch.float32) if args.align else make_world_model(preset)
-    batch = read_shards(args.data)
     run = open_run(args, preset, "wmpo-train-world-model")
     with run.stage(stage):
         windows = encode_windows(vae, batch, stats, preset.world_model.context_frames, preset.world_model.chunk_size)

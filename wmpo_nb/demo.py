@@ -157,7 +157,7 @@ def make_record(run: Run, command_line: str, fast: bool, evaluations: dict, rewa
     versions = {name: metadata.version(name) for name in ("torch", "diffusers", "transformers", "accelerate", "robosuite", "mujoco")}
     closed = [f"The base policy succeeds {100 * w['closed_loop']:.0f} % of the time in the dream {name} and {100 * w['real']:.0f} % in "
               f"reality (same states, sampled)." for name, w in worlds.items()]
-    learning = [entry for entry in read_metrics(run.folder) if entry["stage"] == "grpo"]
+    learning = [entry for entry in read_metrics(run.folder) if entry["stage"] == "grpo" and entry["success"] is not None]
     return {"title": f"WMPO on {run.preset.task.name}", "preset": run.preset.name, "command": command_line, "seed": run.seed, "fast": fast,
             "evaluations": {name: e.to_dict() for name, e in evaluations.items()}, "learning": learning, "reward": reward,
             "agreement": worlds, "clips": clips, "ledger": run.ledger.state_dict(), "config": run.preset.to_dict(),

@@ -711,10 +711,6 @@ class Run:
         if ledger.exists(): self.ledger.load_state_dict(json.loads(ledger.read_text()))
         if done.exists(): self._done = json.loads(done.read_text())
 
-    def checkpointer(self, every: int, stage: str = "") -> Checkpointer:
-        "Checkpoints of one `stage`, `every` so many steps."
-        return Checkpointer(self.folder/"checkpoints"/stage, every, self.keep)
-
     def _write(self, name: str, content):
         if not is_main(): return
         with atomic_write(self.folder/name) as temporary: temporary.write_text(json.dumps(content, indent=1))
@@ -791,6 +787,12 @@ def done(self: Run, stage: str):
 
 @patch
 def is_done(self: Run, stage: str) -> bool: return stage in self._done
+
+# %% ../nbs/01_run.ipynb #7187b86f
+@patch
+def checkpointer(self: Run, every: int, stage: str = "") -> Checkpointer:
+    "Checkpoints of one `stage`, `every` so many steps."
+    return Checkpointer(self.folder/"checkpoints"/stage, every, self.keep)
 
 @patch
 def close(self: Run):

@@ -96,7 +96,7 @@ def try_states(policy, world, states: list[InitialState], config: GRPOConfig, **
 # %% ../nbs/14_wmpo.ipynb #f29f4755
 def _count_scores(scores: Tensor, bins: int = 10) -> dict:
     "How many judged trajectories had their highest clip score in each tenth of [0, 1]; empty if the world gives no scores."
-    scores = scores[~scores.isnan()]
+    scores = scores[scores >= 0]
     return {"score_histogram": torch.histc(scores.float(), bins, 0, 1).tolist()} if len(scores) else {}
 
 # %% ../nbs/14_wmpo.ipynb #8ead50df
