@@ -216,9 +216,10 @@ def chunk_psnr(first: Tensor, second: Tensor, chunk: int = 8) -> Tensor:
 def departures(real: TrajectoryBatch, dreamt: TrajectoryBatch, chunk: int = 8) -> dict:
     """When and where a dream leaves its real trial. `psnr`, `stranger`: median dB by chunk, of the dream and of another real
     trial; `departed`: how many trajectories are first no closer than that stranger in each chunk; `stayed`: how many never.
-    `error_map`: mean absolute error by chunk on a grid of 8 x 8 cells, grey levels. Only executed chunks count."""
+    `error_map`: mean absolute error by chunk on a grid of 8 x 8 cells, grey levels. Only chunks executed in both count."""
     own, other = chunk_psnr(real.frames, dreamt.frames, chunk), chunk_psnr(real.frames, real.frames.roll(1, 0), chunk)
-    executed = torch.arange(chunk, real.frames.shape[1], chunk) <= real.length[:, None]
+    # a dream that was judged a success stands still from then on
+    executed = torch.arange(chunk, real.frames.shape[1], chunk) <= torch.minimum(real.length, dreamt.length)[:, None]
     together = executed & (real.length.roll(1)[:, None] >= torch.arange(chunk, real.frames.shape[1], chunk))
     median = lambda values, where: [float(v[w].median()) if w.any() else math.nan for v, w in zip(values.T, where.T)]
     stranger = torch.tensor(median(other, together)).nan_to_num(0.0)
