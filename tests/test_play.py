@@ -61,7 +61,7 @@ def test_a_chunk_through_onnx_is_the_world_models(exported, parts):
 def test_the_judge_is_the_classifiers_own(exported, parts):
     clip = torch.randint(0, 256, (1, 8, 64, 64, 3), dtype=torch.uint8)
     want = torch.sigmoid(parts.classifier()(play_preprocess(clip, parts)))[0, 1]
-    assert abs(float(run(exported["classifier"][2], {"clip": clip.float()})[0] - want)) < 1e-4
+    assert (run(exported["classifier"][2], {"clip": clip.float()})[0] - want).abs() < 1e-4
 
 
 def play_preprocess(clip, parts):
