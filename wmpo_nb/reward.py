@@ -342,10 +342,7 @@ def save_pth(path, classifier: SuccessClassifier):
     save_tensors(path, classifier.state_dict())
 
 # %% ../nbs/11_reward.ipynb #d9930f44
-@command
-def main(argv=None):
-    "Console script `wmpo-train-reward`: train the success classifier on a folder of shards."
-    from wmpo_nb.vae import load_vae, reconstruct_batch
+def _parser():
     parser = preset_parser("wmpo-train-reward", "Train the success classifier on real trajectories, seen through the VAE.",
                            "wmpo-train-reward --preset tiny_lift --data runs/collect --vae runs/vae/vae.safetensors --output runs/reward\n"
                            "wmpo-train-reward --data runs/collect --vae vae.safetensors --start reward.safetensors --output runs/reward\n"
@@ -354,7 +351,14 @@ def main(argv=None):
     parser.add_argument("--data", required=True, metavar="DIR", help="folder of trajectories (*.tar), from wmpo-collect")
     parser.add_argument("--vae", metavar="PATH", help="pass the frames through this VAE (a file, or a diffusers folder) first, as dreams are (recommended)")
     parser.add_argument("--start", metavar="FILE", help="fine-tune these weights, ours or a released .pth; without it training starts from random ones")
-    args, preset = parse_preset(parser, argv)
+    return parser
+
+# %% ../nbs/11_reward.ipynb #c0ca3c16
+@command
+def main(argv=None):
+    "Console script `wmpo-train-reward`: train the success classifier on a folder of shards."
+    from wmpo_nb.vae import load_vae, reconstruct_batch
+    args, preset = parse_preset(_parser(), argv)
     config = preset.reward_training if args.start or not preset.reward_pretraining.steps else preset.reward_pretraining
     torch.manual_seed(args.seed)
     classifier, batch = load_reward(args.start, preset=preset) if args.start else SuccessClassifier(preset.reward), read_shards(args.data)

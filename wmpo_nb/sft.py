@@ -85,16 +85,20 @@ def train_sft(policy: OpenVLAOFT, frames: torch.Tensor, chunks: torch.Tensor, co
     return policy
 
 # %% ../nbs/05_sft.ipynb #b7da9bb6
-@command
-def main(argv=None):
-    "Console script `wmpo-sft`: clone the demonstrations in a folder of shards."
+def _parser():
     parser = preset_parser("wmpo-sft", "Train the base policy on demonstrations.",
                            "wmpo-sft --preset tiny_lift --data runs/demonstrations --output runs/sft\n"
                            "wmpo-sft --preset tiny_lift --data runs/demonstrations --output runs/sft --resume")
     parser.add_argument("--data", required=True, metavar="DIR", help="folder of demonstrations (*.tar), from wmpo-collect")
     parser.add_argument("--start", metavar="DIR", help="fine-tune this policy, ours or a released one; without it training starts from random weights")
     parser.add_argument("--stats", metavar="FILE", help="dataset_statistics.json, if that folder has none")
-    args, preset = parse_preset(parser, argv)
+    return parser
+
+# %% ../nbs/05_sft.ipynb #6b65ff26
+@command
+def main(argv=None):
+    "Console script `wmpo-sft`: clone the demonstrations in a folder of shards."
+    args, preset = parse_preset(_parser(), argv)
     batch = read_shards(args.data)
     executed = torch.cat([actions[:length] for actions, length in zip(batch.actions, batch.length)])
     torch.manual_seed(args.seed)
