@@ -192,3 +192,25 @@ def test_the_simulator_is_a_world_of_states(tmp_path):
 @needs_mimicgen
 def test_no_expert_for_square(square):
     with pytest.raises(UserError, match="no scripted expert for square, only for stack_three"): script_trial(square, 0, Style())
+
+
+@needs_mimicgen
+@pytest.mark.parametrize("kind", ["background", "texture"])
+def test_disruptions_are_seen_and_change_no_physics(kind):
+    name = DISRUPTIONS[kind][0]
+    task, frames, states = replace(small(name), idle_steps=1), [], []
+    (state,), (scene,) = draw_states(task, [1])
+    env = MimicGenEnvironment(task)
+    for look in (scene, disrupt(scene, kind, np.random.default_rng(0))):
+        env.reset_to(state, look)
+        frames.append(env.frame().astype(int))
+        states.append(env.data.qpos.copy())
+    env.close()
+    assert np.array_equal(*states) and (np.abs(frames[0] - frames[1]).max(-1) > 10).mean() > 0.02
+
+
+@needs_mimicgen
+def test_the_towers_expert_stacks_three_here_too():
+    env = MimicGenEnvironment(small("stack_three", 16))
+    assert script_trial(env, 1, Style())["success"]
+    env.close()
