@@ -43,7 +43,7 @@ TRAINING = {"sft": {"sft.steps": 120, "sft.checkpoint_every": 20}, "vae": {"vae_
             "world_model": {"pretraining.steps": 200, "pretraining.checkpoint_every": 20},
             "alignment": {"alignment.steps": 200, "alignment.checkpoint_every": 20},
             "reward": {"reward_pretraining.steps": 200, "reward_pretraining.checkpoint_every": 20},
-            "grpo": {"grpo.iterations": 5, "grpo.groups": 3, "grpo.group_size": 4, "grpo.draw_multiple": 5, "grpo.mini_batch": 6,
+            "grpo": {"grpo.iterations": 7, "grpo.groups": 3, "grpo.group_size": 4, "grpo.draw_multiple": 5, "grpo.mini_batch": 6,
                      "grpo.micro_batch": 2, "grpo.max_draws": 10}}
 MEASURED = ("frames_per_second", "memory_mb")
 
