@@ -11,17 +11,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from helpers import SMALL, STATS, refusal
 from wmpo_nb.baselines import (Metered, affordable, batch_variants, dpo_coefficients, dpo_loss, main, pair_up, train_dpo, train_online,
                                dpo_step, trajectory_log_probs)
 from wmpo_nb.grpo import action_mask
 from wmpo_nb.policy import OpenVLAOFT
-from wmpo_nb.presets import GRPOConfig, PolicyConfig, Preset, UserError
+from wmpo_nb.presets import GRPOConfig, Preset, UserError
 from wmpo_nb.run import Checkpointer, Run, read_metrics
-from wmpo_nb.trajectory import ActionStats, InitialState, rollout
+from wmpo_nb.trajectory import InitialState, rollout
 
-SMALL = PolicyConfig(image_size=16, vision_dims=(16,), vision_depths=(3,), vision_heads=(2,), hidden_size=32,
-                     intermediate_size=32, num_layers=2, num_heads=2)
-STATS = ActionStats(torch.full((7,), -1.0).double(), torch.ones(7).double(), torch.tensor([True] * 6 + [False]))
 CONFIG = GRPOConfig(group_size=4, groups=4, max_draws=2, mini_batch=8, micro_batch=4, learning_rate=1e-3)
 STATES = [InitialState(i, torch.zeros(16, 16, 3, dtype=torch.uint8)) for i in range(40)]
 torch.set_num_threads(1)       # networks this small only lose by sharing
@@ -188,11 +186,7 @@ def test_dpo_learns_the_preference_and_resumes_to_the_bit(recorded, tmp_path):
     assert torch.equal(train(new_policy(), tmp_path), whole)
 
 
-def message(capsys, *arguments):
-    assert main(list(arguments)) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1
-    return lines[0]
+def message(capsys, *arguments): return refusal(main, capsys, *arguments)
 
 
 def test_bad_input_is_answered_before_work(capsys, tmp_path):

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from helpers import refusal
 from wmpo_nb.demo import SHIPPED, main
 
 TINY = ["--fast", "--workers", "2", "--collect.trajectories", "24", "--alignment.steps", "3", "--reward_training.steps", "3",
@@ -16,11 +17,7 @@ TINY = ["--fast", "--workers", "2", "--collect.trajectories", "24", "--alignment
         "--world_model.flow_steps", "2", "--grpo.accuracy_low", "0", "--grpo.accuracy_high", "1"]
 
 
-def message(capsys, *arguments):
-    assert main(list(arguments)) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1
-    return lines[0]
+def message(capsys, *arguments): return refusal(main, capsys, *arguments)
 
 
 def test_unknown_preset_field_and_value(capsys, tmp_path):

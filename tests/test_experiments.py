@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers import refusal
 from wmpo_nb import simulator as simulator_room
 from wmpo_nb.experiments import (ABLATIONS, EXPERIMENTS, KINDS, BranchedDream, Job, artefact, branch_points, cells_of, changed_fields, disturb,
                                  displaced, failed_grasps, is_finished, job_name, main, plan, read_json, result_of, run_jobs, same_preset, vary,
@@ -119,11 +120,7 @@ def test_adopted_cells_point_elsewhere_and_results_do_not_say_where(tmp_path):
     assert [c["round"] for c in cells_of(tmp_path, "lifelong")] == [0, 1]
 
 
-def message(capsys, *arguments):
-    assert main(list(arguments)) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1
-    return lines[0]
+def message(capsys, *arguments): return refusal(main, capsys, *arguments)
 
 
 def test_bad_input_is_answered_before_work(capsys, tmp_path):

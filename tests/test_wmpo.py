@@ -5,16 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from helpers import SMALL, STATS
 from wmpo_nb.policy import OpenVLAOFT
-from wmpo_nb.presets import GRPOConfig, PolicyConfig, Preset, UserError
+from wmpo_nb.presets import GRPOConfig, Preset, UserError
 from wmpo_nb.run import Checkpointer, Run, make_optimizer
-from wmpo_nb.trajectory import ActionStats, InitialState
+from wmpo_nb.trajectory import InitialState
 from wmpo_nb.wmpo import (NothingToLearn, draw_states, forward_passes, gather, main, mix_seed, token_statistics,
                           train_wmpo, update)
 
-SMALL = PolicyConfig(image_size=16, vision_dims=(16,), vision_depths=(3,), vision_heads=(2,), hidden_size=32,
-                     intermediate_size=32, num_layers=2, num_heads=2)
-STATS = ActionStats(torch.full((7,), -1.0).double(), torch.ones(7).double(), torch.tensor([True] * 6 + [False]))
 CONFIG = GRPOConfig(iterations=4, group_size=4, groups=4, mini_batch=8, micro_batch=4, learning_rate=1e-3)
 torch.set_num_threads(1)       # networks this small only lose by sharing
 STATES = [InitialState(i, torch.zeros(16, 16, 3, dtype=torch.uint8)) for i in range(12)]
