@@ -497,6 +497,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'wmpo_nb.oxe.WindowStream.load_state_dict': ('oxe.html#windowstream.load_state_dict', 'wmpo_nb/oxe.py'),
                              'wmpo_nb.oxe.WindowStream.next': ('oxe.html#windowstream.next', 'wmpo_nb/oxe.py'),
                              'wmpo_nb.oxe.WindowStream.state_dict': ('oxe.html#windowstream.state_dict', 'wmpo_nb/oxe.py'),
+                             'wmpo_nb.oxe._as_numpy': ('oxe.html#_as_numpy', 'wmpo_nb/oxe.py'),
                              'wmpo_nb.oxe._entry': ('oxe.html#_entry', 'wmpo_nb/oxe.py'),
                              'wmpo_nb.oxe._episodes_v2': ('oxe.html#_episodes_v2', 'wmpo_nb/oxe.py'),
                              'wmpo_nb.oxe._episodes_v3': ('oxe.html#_episodes_v3', 'wmpo_nb/oxe.py'),

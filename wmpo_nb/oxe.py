@@ -184,16 +184,22 @@ _COLUMNS = {"number": "episode_index", "length": "length", "data_chunk": "data/c
             "video_chunk": "videos/{}/chunk_index", "video_file": "videos/{}/file_index", "video_start": "videos/{}/from_timestamp"}
 
 
+def _as_numpy(column) -> np.ndarray:
+    "An arrow array as numpy: [N], or [N, width] if its entries are lists, all of one length."
+    lists = hasattr(column.type, "value_type")
+    flat = (column.flatten() if lists else column).to_numpy(zero_copy_only=False)
+    return flat.reshape(len(column), -1) if lists else flat
+
+
 def _read_table(path: Path, columns) -> dict:
     "Columns of a parquet file as numpy arrays, [N] or [N, width]. Raises `UserError` when it is damaged or lacks one."
     import pyarrow as pa
     try:
-        table = _packages()[1].read_table(path, columns=list(columns), use_threads=False)
-        absent = [name for name in columns if name not in table.column_names]
+        file = _packages()[1].ParquetFile(path)
+        absent = [name for name in columns if name not in file.schema_arrow.names]
         if absent: raise ValueError(f"it has no column '{absent[0]}'")
-        values = {name: table[name].combine_chunks() for name in columns}
-        return {name: value.flatten().to_numpy(zero_copy_only=False).reshape(len(value), -1) if hasattr(value, "flatten") and
-                pa.types.is_nested(value.type) else value.to_numpy(zero_copy_only=False) for name, value in values.items()}
+        table = file.read(columns=list(columns), use_threads=False)
+        return {name: _as_numpy(table[name].combine_chunks()) for name in columns}
     except (pa.ArrowException, ValueError, OSError) as error:
         raise UserError(f"{path} is damaged or no LeRobot table ({str(error).splitlines()[0]}): fetch it again") from None
 
