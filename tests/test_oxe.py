@@ -348,7 +348,8 @@ def test_the_other_use_of_the_command_still_asks_for_statistics(capsys):
 
 SMALL = ["--stdit.depth", "1", "--stdit.hidden_size", "48", "--pretraining.steps", "10", "--pretraining.batch_size", "4", "--pretraining.log_every", "1",
          "--pretraining.warmup_steps", "2", "--pretraining.decay_steps", "4", "--pretraining.checkpoint_every", "2"]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WMPO_PRECISION": "fp32"}
+# accelerate reads ACCELERATE_USE_CPU where it launches two processes
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WMPO_PRECISION": "fp32", "ACCELERATE_USE_CPU": "true"}
 
 
 def start(data, output, *arguments, launch=()):
@@ -396,9 +397,10 @@ def test_kill_minus_nine_in_the_middle_of_a_pass_changes_nothing(data, unbroken,
 def test_two_processes_learn_the_same(data, tmp_path):
     steps = ["--pretraining.steps", "3", "--pretraining.optimizer", "adamw"]
     finish(start(data, tmp_path / "one", *steps))
-    command = start(data, tmp_path / "two", *steps, launch=("accelerate.commands.launch", "--cpu", "--multi_gpu", "--num_processes", "2",
+    command = start(data, tmp_path / "two", *steps, launch=("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
                                                             "--main_process_port", "0", "-m"))
     finish(command)
+    assert losses(tmp_path / "two")[0][1] == pytest.approx(losses(tmp_path / "one")[0][1], abs=1e-5)
     one, two = (load_weights(tmp_path / name / "world_model.safetensors")[0] for name in ("one", "two"))
     for key, value in one.items(): torch.testing.assert_close(two[key], value, atol=1e-5, rtol=0, msg=key)
 

@@ -243,8 +243,8 @@ class RobotVideos:
         self.shared = self.info["codebase_version"] == "v3.0"          # files hold several episodes
         self.episodes = (_episodes_v3 if self.shared else _episodes_v2)(self.files, self.info, self.camera)
         self.length = self.episodes["length"]
-        # tables are small, and one serves many windows: a file of episodes, or 1000 files of one
-        self._table = lru_cache(16 if self.shared else 1000)(self._read_actions)
+        # one table serves many windows: keep the last, few where a file holds a million rows
+        self._table = lru_cache(4 if self.shared else 1000)(self._read_actions)
 
     def _path(self, kind: str, e: int) -> Path:
         "The file of episode e; `kind` is data or video."
@@ -268,6 +268,7 @@ def actions(self: RobotVideos, e: int) -> np.ndarray:
     actions = actions[number == self.episodes["number"][e]]
     if len(actions) != self.length[e]:
         raise UserError(f"{self.source.name}: episode {self.episodes['number'][e]} has {len(actions)} actions and {self.length[e]} frames")
+    if not np.isfinite(actions).all(): raise UserError(f"{self.source.name}: episode {self.episodes['number'][e]} has actions that are no numbers")
     return actions
 
 # %% ../nbs/29_oxe.ipynb #a0061fe7
