@@ -287,6 +287,7 @@ FAULTS = {
     "layout": (lambda f: edit(f / "meta/info.json", codebase_version="v3.0"), "incomplete: meta/episodes/.* is missing"),
     "info": (lambda f: (f / "meta/info.json").write_text("{"), "info.json is damaged"),
     "no videos": (lambda f: edit(f / "meta/info.json", video_path=None), "says nothing of 'video_path'"),
+    "pattern": (lambda f: edit(f / "meta/info.json", data_path="data/{shard}.parquet"), "cannot read the pattern 'data/{shard}.parquet'"),
     "episodes": (lambda f: (f / "meta/episodes.jsonl").write_text('{"length": 3}\n'), "episodes.jsonl is damaged"),
     "statistics": (lambda f: edit(f / "meta/stats.json", action={"mean": [0] * 7}), "no action statistics for viola: .*python -m wmpo_nb.oxe"),
     "numbers": (lambda f: edit(f / "meta/stats.json", action={"q01": [0] * 8, "q99": [1] * 8}), "actions of 8 numbers, not 7"),

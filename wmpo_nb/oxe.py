@@ -248,10 +248,12 @@ class RobotVideos:
 
     def _path(self, kind: str, e: int) -> Path:
         "The file of episode e; `kind` is data or video."
-        number, column = int(self.episodes["number"][e]), lambda name: int(self.episodes[f"{kind}_{name}"][e])
-        return self.files(self.info[f"{kind}_path"].format(
-            episode_index=number, episode_chunk=number // self.info.get("chunks_size", 1000), video_key=self.camera,
-            chunk_index=column("chunk"), file_index=column("file")))
+        number, pattern = int(self.episodes["number"][e]), self.info[f"{kind}_path"]
+        column = lambda name: int(self.episodes[f"{kind}_{name}"][e])
+        try: name = pattern.format(episode_index=number, episode_chunk=number // self.info.get("chunks_size", 1000),
+                                   video_key=self.camera, chunk_index=column("chunk"), file_index=column("file"))
+        except (LookupError, ValueError, AttributeError): raise UserError(f"{self.source.name}: cannot read the pattern '{pattern}' of meta/info.json") from None
+        return self.files(name)
 
 # %% ../nbs/29_oxe.ipynb #88ce9bcb
 @patch
