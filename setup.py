@@ -46,6 +46,7 @@ setup(
     package_data={"wmpo_nb": ["weights/*.safetensors", "weights/*/*.safetensors", "weights/*/*.json", "reference_*.npz", "play.html"]},
     include_package_data=False,
     install_requires=lines("requirements"),
-    extras_require={"dev": lines("dev_requirements"), "docs": lines("docs_requirements"), "tested": tested()},
+    extras_require={"dev": lines("dev_requirements") + lines("oxe_requirements"), "oxe": lines("oxe_requirements"),
+                    "docs": lines("docs_requirements"), "tested": tested()},
     entry_points={"console_scripts": lines("console_scripts")},
 )

@@ -21,7 +21,7 @@ WEIGHTS = sorted((PACKAGE / "weights").rglob("*.safetensors"))
 CARDS = sorted((ROOT / "data_cards").glob("*.md"))
 SETTINGS = ConfigParser(delimiters=["="])
 SETTINGS.read(ROOT / "settings.ini")
-HEAVY = ("robosuite", "mujoco", "diffusers", "transformers", "tensorboard", "accelerate")
+HEAVY = ("robosuite", "mujoco", "diffusers", "transformers", "tensorboard", "accelerate", "av", "pyarrow")
 
 
 def setting(name: str) -> list[str]:
@@ -100,7 +100,7 @@ def test_every_command_has_a_main():
 
 
 def test_every_import_is_a_requirement():
-    declared = {canonicalize_name(Requirement(line).name) for line in setting("requirements")}
+    declared = {canonicalize_name(Requirement(line).name) for line in setting("requirements") + setting("oxe_requirements")}
     distributions = packages_distributions()
     for module in MODULES:
         for package in imports(module)[1] - set(sys.stdlib_module_names):
@@ -110,7 +110,7 @@ def test_every_import_is_a_requirement():
 def test_constraints_are_what_the_settings_admit():
     pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines()
                   if line and not line.startswith("#"))
-    for line in setting("requirements") + setting("dev_requirements") + setting("docs_requirements"):
+    for line in setting("requirements") + setting("dev_requirements") + setting("oxe_requirements") + setting("docs_requirements"):
         requirement = Requirement(line)
         assert requirement.specifier.contains(pinned[requirement.name]), line
 

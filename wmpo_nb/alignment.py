@@ -8,6 +8,7 @@ __all__ = ['LatentWindows', 'encode_windows', 'mix', 'make_world_model', 'align'
 import re, sys
 from dataclasses import asdict, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Callable
 
@@ -172,25 +173,51 @@ def latent_error(world_model: WorldModel, windows: LatentWindows, trajectories, 
     return (dream - real).square().mean((0, 1, 3, 4))
 
 # %% ../nbs/10_alignment.ipynb #fbad1638
+def _oxe_options(parser):
+    group = parser.add_argument_group("pre-training on robot videos in LeRobot's format (--pretrain oxe)")
+    group.add_argument("--pretrain", choices=("oxe",), help="--data names data sets: folders, hub ids, .json files that describe them, or "
+                       "`oxe`, the paper's 25 on the hub")
+    group.add_argument("--conventions", choices=("ours", "released"), default="ours", help="which action stands beside a frame, the gripper's "
+                       "numbers, frame rates (default: ours: the action leading to the frame, -1 open, the preset's rate)")
+    group.add_argument("--open-sora", metavar="PATH", help="begin with the weights of OpenSora-STDiT-v3, not with random ones")
+    group.add_argument("--workers", type=int, default=2, metavar="N", help="threads that read videos, for each process (default: 2)")
+
+# %% ../nbs/10_alignment.ipynb #2beecf9c
 def _parser():
     parser = preset_parser("wmpo-train-world-model", "Train the world model on real trajectories: pre-train, or align existing weights.",
                            "wmpo-train-world-model --data runs/data/lift --vae vae.safetensors --stats dataset_statistics.json\n"
                            "wmpo-train-world-model --data runs/collected --vae vae.safetensors --stats dataset_statistics.json "
                            "--align world_model.safetensors --output runs/aligned\n"
                            "wmpo-train-world-model --preset coffee_128 --data runs/collected/data --vae CHECKPOINTS/world_models/vae "
-                           "--stats CHECKPOINTS/SFT_models/coffee/dataset_statistics.json --align CHECKPOINTS/world_models/OpenX_pretrained")
-    for option, text in (("--data", "folder of trajectories (*.tar)"), ("--vae", "the VAE: a file, or a diffusers folder"), ("--stats", "dataset_statistics.json")):
-        parser.add_argument(option, required=True, metavar="PATH", help=text)
+                           "--stats CHECKPOINTS/SFT_models/coffee/dataset_statistics.json --align CHECKPOINTS/world_models/OpenX_pretrained\n"
+                           "wmpo-train-world-model --preset coffee_128 --pretrain oxe --data oxe --vae CHECKPOINTS/world_models/vae "
+                           "--open-sora OpenSora-STDiT-v3 --workers 8")
+    parser.add_argument("--data", required=True, nargs="+", metavar="PATH", help="folder of trajectories (*.tar), or with --pretrain oxe data sets")
+    parser.add_argument("--vae", required=True, metavar="PATH", help="the VAE: a file, or a diffusers folder")
+    parser.add_argument("--stats", metavar="PATH", help="dataset_statistics.json; may be absent with --pretrain oxe")
     parser.add_argument("--align", metavar="PATH", help="weights to fine-tune, ours or released ones; without it training starts from random weights")
+    _oxe_options(parser)
     return parser
 
-# %% ../nbs/10_alignment.ipynb #2beecf9c
+# %% ../nbs/10_alignment.ipynb #4e7a6fd2
+def _check(args):
+    "Raise `UserError` on options that contradict each other."
+    if args.pretrain and args.align: raise UserError("--pretrain oxe starts a new world model and --align continues one: choose")
+    if args.pretrain: return
+    if args.open_sora: raise UserError("--open-sora is where --pretrain oxe begins: add it")
+    if not args.stats: raise UserError("--stats is needed: the dataset_statistics.json of these trajectories")
+    if len(args.data) > 1: raise UserError(f"--data is one folder of trajectories, not {len(args.data)}; data sets need --pretrain oxe")
+
+# %% ../nbs/10_alignment.ipynb #f8d66a59
 @command
 def main(argv=None):
-    "Console script `wmpo-train-world-model`: pre-train on, or align with, a folder of trajectories."
+    "Console script `wmpo-train-world-model`: pre-train on, or align with, a folder of trajectories; or pre-train on robot videos."
     args, preset = parse_preset(_parser(), argv)
+    _check(args)
+    # loaded by name and only when asked: that room is above this one
+    if args.pretrain: return import_module("wmpo_nb.oxe").pretrain(args, preset)
     stage, config = ("align", preset.alignment) if args.align else ("pretraining", preset.pretraining)
-    vae, stats, batch = load_vae(args.vae), load_stats(args.stats, stats_entry(args.stats, preset)), read_shards(args.data)
+    vae, stats, batch = load_vae(args.vae), load_stats(args.stats, stats_entry(args.stats, preset)), read_shards(args.data[0])
     torch.manual_seed(args.seed)
     world_model = load_world_model(args.align, preset=preset, dtype=torch.float32) if args.align else make_world_model(preset)
     run = open_run(args, preset, "wmpo-train-world-model")
