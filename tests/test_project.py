@@ -39,7 +39,6 @@ UNDER_WAY = {
     "10_alignment",
     "11_reward",
     "12_dream",
-    "13_grpo",
     "14_wmpo",
     "15_evaluation",
 
