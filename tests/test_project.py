@@ -38,7 +38,6 @@ UNDER_WAY = {
     "09_world_model",
     "10_alignment",
     "11_reward",
-    "14_wmpo",
     "15_evaluation",
 
     # around the loop
