@@ -38,7 +38,6 @@ UNDER_WAY = {
     "09_world_model",
     "10_alignment",
     "11_reward",
-    "15_evaluation",
 
     # around the loop
     "16_report",
