@@ -37,7 +37,6 @@ UNDER_WAY = {
     # the rooms of the loop
     "09_world_model",
     "10_alignment",
-    "11_reward",
 
     # around the loop
     "16_report",
