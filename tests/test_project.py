@@ -36,7 +36,6 @@ UNDER_WAY = {
 
     # the rooms of the loop
     "09_world_model",
-    "10_alignment",
 
     # around the loop
     "16_report",
