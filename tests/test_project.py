@@ -35,7 +35,6 @@ UNDER_WAY = {
     "08_flow",
 
     # the rooms of the loop
-    "09_world_model",
 
     # around the loop
     "16_report",
