@@ -28,11 +28,8 @@ UNDER_WAY = {
 
     "02_trajectory",
     "03_simulator",
-    "04_policy",
     "05_sft",
     "06_vae",
-    "07_stdit",
-    "08_flow",
 
     # the rooms of the loop
     "09_world_model",
