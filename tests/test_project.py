@@ -26,10 +26,8 @@ SETTINGS.read(ROOT / "settings.ini")
 UNDER_WAY = {
     "00_presets", "01_run",
 
-    "02_trajectory",
     "03_simulator",
     "05_sft",
-    "06_vae",
 
     # the rooms of the loop
     "09_world_model",
