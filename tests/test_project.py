@@ -27,7 +27,6 @@ UNDER_WAY = {
     "00_presets", "01_run",
 
     "03_simulator",
-    "05_sft",
 
     # the rooms of the loop
     "09_world_model",
