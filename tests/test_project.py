@@ -26,7 +26,6 @@ SETTINGS.read(ROOT / "settings.ini")
 UNDER_WAY = {
     "00_presets", "01_run",
 
-    "03_simulator",
 
     # the rooms of the loop
     "09_world_model",
