@@ -26,15 +26,6 @@ SETTINGS.read(ROOT / "settings.ini")
 UNDER_WAY = {
     "00_presets", "01_run",
 
-    "02_trajectory",
-    "03_simulator",
-    "04_policy",
-    "05_sft",
-    "06_vae",
-    "07_stdit",
-    "08_flow",
-
-    # the rooms of the loop
 
     # around the loop
     "16_report",

@@ -161,15 +161,13 @@ def test_search_finds_words_and_names(open_page):
 
 
 def test_code_and_solutions_fold(open_page):
-    page = open_page("nbs/24_play.html")
-    fold = page.locator("details", has_text="Solutions").last
-    assert fold.get_attribute("open") is None and not fold.locator("li").first.is_visible()
-    fold.locator("summary").click()
-    assert fold.locator("li").first.is_visible()
-    imports = page.locator("details.hide").first
-    assert not imports.locator("pre").first.is_visible()
-    imports.locator("summary").click()
-    assert imports.locator("pre").first.is_visible() and "import" in imports.inner_text()
+    page = open_page("nbs/08_flow.html")
+    solutions = page.locator("details.hide", has=page.locator("summary", has_text="Solution"))
+    assert solutions.count() == 3
+    for fold, word in ((solutions.first, "assert"), (page.locator("details.hide").first, "import")):
+        assert not fold.locator("pre").first.is_visible()
+        fold.locator("summary").click()
+        assert fold.locator("pre").first.is_visible() and word in fold.inner_text()
 
 
 @pytest.mark.parametrize("path", ["index.html", "nbs/07_stdit.html", "api/presets.html", "results/tiny_lift.html", "docs/play.html",
