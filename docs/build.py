@@ -73,15 +73,18 @@ def only_imports(source: str) -> bool:
 
 
 def notebook_cell(cell: dict, page: str, staged: str) -> dict | None:
-    "A cell as the site shows it: directives gone, imports folded; None when `#| hide` or nothing is left."
+    "A cell as the site shows it: directives gone, imports and solutions folded; None when `#| hide` or nothing is left."
     source = "".join(cell["source"])
     if cell["cell_type"] == "markdown": return {**cell, "source": with_links(source, page, staged)}
     if cell["cell_type"] != "code" or HIDDEN.search(source): return None
-    tags = [name for name, pattern in (("remove-input", r"^#\|\s*echo:\s*false"), ("hide-input", r"^#\|\s*code-fold:\s*true"))
-            if re.search(pattern, source, re.M)]
+    tags = ["remove-input"] if re.search(r"^#\|\s*echo:\s*false", source, re.M) else []
     if only_imports(source): tags.append("hide-input")
+    metadata = {"tags": tags}
+    if cell["metadata"].get("jupyter", {}).get("source_hidden"):       # a solution, also folded in JupyterLab
+        tags.append("hide-cell")
+        metadata["mystnb"] = {"code_prompt_show": source.splitlines()[0].lstrip("# ")}
     shown = re.sub(r"^#\|.*\n?", "", source, flags=re.M).strip("\n")
-    return {**cell, "source": shown, "metadata": {"tags": tags}} if shown else None
+    return {**cell, "source": shown, "metadata": metadata} if shown else None
 
 
 def stage_notebook(page: str, staged: str, last: str = ""):

@@ -8,6 +8,7 @@ import sys
 from configparser import ConfigParser
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from statistics import median
 
 import pytest
 from huggingface_hub import RepoCard
@@ -21,6 +22,42 @@ WEIGHTS = sorted((PACKAGE / "weights").rglob("*.safetensors"))
 CARDS = sorted((ROOT / "data_cards").glob("*.md"))
 SETTINGS = ConfigParser(delimiters=["="])
 SETTINGS.read(ROOT / "settings.ini")
+# Notebooks that do not keep all promises of `teaching_faults` yet. Take one out of the list with the change that makes it keep them.
+UNDER_WAY = {
+    "00_presets", "01_run",
+
+    "02_trajectory",
+    "03_simulator",
+    "04_policy",
+    "05_sft",
+    "06_vae",
+    "07_stdit",
+    "08_flow",
+
+    # the rooms of the loop
+    "09_world_model",
+    "10_alignment",
+    "11_reward",
+    "12_dream",
+    "13_grpo",
+    "14_wmpo",
+    "15_evaluation",
+
+    # around the loop
+    "16_report",
+    "17_from_scratch",
+    "18_collect",
+    "19_demo",
+    "20_hub",
+    "21_doctor",
+    "22_estimate",
+    "23_mimicgen",
+    "24_play",
+    "25_baselines",
+    "26_results",
+    "27_build_it_yourself",
+    "28_experiments",
+}
 HEAVY = ("robosuite", "mujoco", "diffusers", "transformers", "tensorboard", "accelerate")
 
 
@@ -128,6 +165,58 @@ def test_notebooks_stay_readable(notebook):
     assert notebook.stat().st_size < 1.5e6
     long = [cell.splitlines()[:3] for cell in code_cells(notebook) if len(cell.splitlines()) > 25]
     assert not long, f"cells over 25 lines begin with {long}"
+
+
+def lines_of_code(cell: str) -> int:
+    return sum(bool(line.strip()) and not line.startswith("#|") for line in cell.splitlines())
+
+
+def asserts(cell: str) -> bool:
+    "Whether a cell tests something: by `assert` or by one of fastcore's `test_...`."
+    return any(isinstance(node, ast.Assert) or isinstance(node, ast.Call) and getattr(node.func, "id", "").startswith("test_")
+               for node in ast.walk(ast.parse(cell)))
+
+
+def solution_faults(cells: list[dict]) -> list[str]:
+    "What is wrong with the solutions among the cells that follow the exercises."
+    solutions = [cell for cell in cells if cell["cell_type"] == "code" and "".join(cell["source"]).startswith("# Solution")]
+    sources = ["".join(cell["source"]) for cell in solutions]
+    numbers = [re.match(r"# Solution (\d): \S", source) for source in sources]
+    faults = []
+    if [number and number[1] for number in numbers] != ["1", "2", "3"]:
+        faults.append("after the exercises there are not three cells that begin with `# Solution 1: ...`, 2 and 3")
+    faults += [f"no assertion in `{source.splitlines()[0]}`" for source in sources if not asserts(source)]
+    faults += [f'`{source.splitlines()[0]}` is not folded: its metadata is not {{"jupyter": {{"source_hidden": true}}}}'
+               for cell, source in zip(solutions, sources) if not cell["metadata"].get("jupyter", {}).get("source_hidden")]
+    return faults
+
+
+def teaching_faults(notebook: Path) -> list[str]:
+    """What a notebook lacks of the form all of them have.
+
+    The first cell says what one has at the end; a section is called "Break it"; cells that are not exported are short; the end is
+    "What to try" with three exercises, then a solution of each: one cell, folded, that begins with `# Solution 1: what it shows`
+    and asserts something. In the Markdown of jupytext such a cell is opened by ```python jupyter={"source_hidden": true}, and the
+    header has to say `cell_metadata_filter: jupyter,-all`."""
+    cells = json.loads(notebook.read_text())["cells"]
+    text = ["".join(cell["source"]) for cell in cells]
+    prose = [source if cell["cell_type"] == "markdown" else "" for cell, source in zip(cells, text)]
+    faults = []
+    if "At the end of this notebook" not in prose[0]: faults.append("the first cell does not say what one has at the end")
+    if not re.search(r"^##+ Break it", "\n".join(prose), re.M): faults.append('no section is called "Break it"')
+    shown = [lines_of_code(cell) for cell in code_cells(notebook) if not re.search(r"^#\|\s*(export|default_exp|hide)", cell, re.M)]
+    if median(shown) >= 5: faults.append(f"half of the cells that are not exported have {median(shown)} lines or more")
+    last = next((i for i, source in enumerate(prose) if re.search(r"^## What to try$", source, re.M)), None)
+    if last is None: return faults + ['there is no "What to try"']
+    if re.findall(r"^(\d)\. ", prose[last], re.M) != ["1", "2", "3"]: faults.append('"What to try" has not three exercises')
+    return faults + solution_faults(cells[last + 1:])
+
+
+@pytest.mark.parametrize("notebook", [pytest.param(path, id=path.stem, marks=[pytest.mark.xfail(strict=True)] * (path.stem in UNDER_WAY))
+                                      for path in NOTEBOOKS if path.stem != "index"])
+def test_notebooks_teach(notebook):
+    faults = teaching_faults(notebook)
+    assert not faults, "\n".join(faults)
 
 
 @pytest.mark.parametrize("path", [*MODULES, *NOTEBOOKS], ids=lambda path: path.name)
