@@ -76,7 +76,7 @@ class TrajectoryBatch:
     """B trajectories of at most T steps, in n = T / K chunks.
 
     frames uint8 [B, T+1, H, W, 3] (the last real frame repeats after `length`), actions float32 [B, T, 7] in environment units,
-    tokens int64 [B, n, 56] and their log_probs float32 [B, n, 56] when sampled, success bool [B], finish_step int64 [B] (actions
+    tokens int64 [B, n, 56] (or whatever the policy keeps there) and log_probs float32 [B, n, 56] when sampled, success bool [B], finish_step int64 [B] (actions
     taken when success was seen, else `length`), length int64 [B] (actions executed), state_id int64 [B] (initial state), member
     int64 [B] (index within a group of the same state), intended float32 [B, T, 7] (what the actor meant; differs from `actions` only
     where noise was added), score float32 [B] (the judge's highest in [0, 1], -1 where there is none; not written to shards)."""
