@@ -24,8 +24,6 @@ SETTINGS = ConfigParser(delimiters=["="])
 SETTINGS.read(ROOT / "settings.ini")
 # Notebooks that do not keep all promises of `teaching_faults` yet. Take one out of the list with the change that makes it keep them.
 UNDER_WAY = {
-    "00_presets", "01_run",
-
     "02_trajectory",
     "03_simulator",
     "04_policy",
@@ -44,19 +42,7 @@ UNDER_WAY = {
     "15_evaluation",
 
     # around the loop
-    "16_report",
-    "17_from_scratch",
-    "18_collect",
-    "19_demo",
-    "20_hub",
-    "21_doctor",
-    "22_estimate",
-    "23_mimicgen",
-    "24_play",
-    "25_baselines",
-    "26_results",
     "27_build_it_yourself",
-    "28_experiments",
 }
 HEAVY = ("robosuite", "mujoco", "diffusers", "transformers", "tensorboard", "accelerate")
 
