@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "docs"))
 
 import api  # noqa: E402
+import colab  # noqa: E402
 from wmpo_nb.play import NpmPackage, export_page, fetch_package  # noqa: E402
 
 # the target of [text](target), ![text](target), src="target" and href="target", unless an address, a heading or a MyST target
@@ -91,6 +92,8 @@ def stage_notebook(page: str, staged: str, last: str = ""):
     "A notebook with its outputs; `last` becomes one more Markdown cell."
     notebook = json.loads((ROOT / page).read_text(encoding="utf-8"))
     cells = [notebook_cell(cell, page, staged) for cell in notebook["cells"]]
+    link = colab.badge(Path(page).stem, colab.repository()) if page != "nbs/index.ipynb" else ""
+    if link: cells.insert(1, {"cell_type": "markdown", "metadata": {}, "source": link, "id": "colab"})
     if last: cells.append({"cell_type": "markdown", "metadata": {}, "source": last, "id": "toctree"})
     notebook["cells"] = [cell for cell in cells if cell]
     for output in (o for cell in notebook["cells"] for o in cell.get("outputs", [])):

@@ -70,6 +70,16 @@ def test_shards_keep_everything(tmp_path):
         for f in fields(TrajectoryBatch): assert torch.equal(getattr(back, f.name), getattr(batch, f.name)), f.name
 
 
+def test_tokens_that_are_no_words_survive_a_shard(tmp_path):
+    "A flow policy keeps a path of floats where others keep ids; actions need not be seven numbers."
+    batch = a_batch()
+    batch = TrajectoryBatch(**vars(batch) | {"tokens": torch.randn(3, 2, 5, 16), "actions": torch.randn(3, 16, 2), "intended": None})
+    write_shard(tmp_path / "a.tar", batch)
+    found = read_shards(tmp_path)
+    assert torch.equal(found.tokens, batch.tokens) and found.tokens.dtype == torch.float32
+    assert torch.equal(found.actions, batch.actions)
+
+
 def test_upstream_shards_are_read(tmp_path):
     "The members of the released code's tars: no length, no log-probabilities, a state id of one byte."
     folder = tmp_path / "members"

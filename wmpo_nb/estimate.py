@@ -32,7 +32,7 @@ from .grpo import weighted_policy_loss
 from .policy import OpenVLAOFT, action_ids, encode_prompt, token_log_probs
 from .presets import GRPOConfig, Preset, UserError, override
 from .reward import SuccessClassifier, block_named, hardest
-from .run import command, make_optimizer, parse_preset
+from .run import command, make_optimizer, parse_preset, progress
 from .sft import imitation_loss
 from .vae import VAE, vae_loss
 
@@ -506,8 +506,8 @@ def _verdict(preset: Preset, found: Estimate) -> str:
 def report(preset: Preset, stages: tuple, setup: Setup, utilisation: float):
     "Print the estimates. Raises `UserError`, naming the cure, if a stage cannot fit."
     spread = f"{setup.processes} x {setup.device.name}, sharding {setup.sharding}"
-    print(f"{preset.name} on {spread}, {'bfloat16' if setup.bf16 else 'float32'} compute" + ", checkpointing" * setup.checkpointing)
-    estimates = [estimate(preset, stage, setup) for stage in stages]
+    print(f"{preset.name} on {spread}, {'bfloat16' if setup.bf16 else 'float32'} compute" + ", checkpointing" * setup.checkpointing, flush=True)
+    estimates = [estimate(preset, stage, setup) for stage in progress(stages, "estimate")]      # at the paper's size half a minute each
     print(table(estimates, utilisation))
     print(f"hours at {100 * utilisation:.0f} % of {setup.device.flops / 1e12:,.1f} TFLOP/s")
     host = max(e.host for e in estimates)

@@ -823,7 +823,7 @@ def _set_environment(args):
 # %% ../nbs/01_run.ipynb #99e91299
 def preset_parser(prog: str, description: str, examples: str) -> argparse.ArgumentParser:
     "Parser with the options every command has; `examples` are shown under --help. Parse with `parse_preset`."
-    stages = [f.name for f in dataclasses.fields(Preset) if f.name != "name"]
+    stages = [f.name for f in dataclasses.fields(Preset) if f.name not in ("name", "source")]
     epilog = ("any field of the preset:\n  --STAGE.FIELD VALUE, where STAGE is one of\n"
               f"{textwrap.fill(', '.join(stages), 78, initial_indent='  ', subsequent_indent='  ')}\n\nexamples:\n"
               f"{textwrap.indent(textwrap.dedent(examples).strip(), '  ')}")

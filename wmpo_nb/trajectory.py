@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['ActionStats', 'save_stats', 'load_stats', 'TrajectoryBatch', 'Streams', 'InitialState', 'load_first_frames',
-           'save_states', 'load_states', 'load_initial_states', 'ActionChunk', 'World', 'Policy', 'rollout',
-           'window_starts', 'window_frames', 'write_shard', 'read_shards']
+           'save_states', 'load_states', 'load_initial_states', 'ActionChunk', 'World', 'Policy', 'TrainablePolicy',
+           'rollout', 'window_starts', 'window_frames', 'write_shard', 'read_shards']
 
 # %% ../nbs/02_trajectory.ipynb #1a02f74a
 import io, json, tarfile
@@ -76,7 +76,7 @@ class TrajectoryBatch:
     """B trajectories of at most T steps, in n = T / K chunks.
 
     frames uint8 [B, T+1, H, W, 3] (the last real frame repeats after `length`), actions float32 [B, T, 7] in environment units,
-    tokens int64 [B, n, 56] and their log_probs float32 [B, n, 56] when sampled, success bool [B], finish_step int64 [B] (actions
+    tokens int64 [B, n, 56] (or whatever the policy keeps there) and log_probs float32 [B, n, 56] when sampled, success bool [B], finish_step int64 [B] (actions
     taken when success was seen, else `length`), length int64 [B] (actions executed), state_id int64 [B] (initial state), member
     int64 [B] (index within a group of the same state), intended float32 [B, T, 7] (what the actor meant; differs from `actions` only
     where noise was added), score float32 [B] (the judge's highest in [0, 1], -1 where there is none; not written to shards)."""
@@ -165,7 +165,9 @@ def load_initial_states(path) -> list[InitialState]:
 
 # %% ../nbs/02_trajectory.ipynb #3453650d
 class ActionChunk(NamedTuple):
-    "What a policy answers: tokens int64 [B, 56], log_probs float32 [B, 56], actions float32 [B, K, 7] in environment units."
+    """What a policy answers: actions float32 [B, K, A] in environment units (A = 7 for the arm), `tokens`, what it needs to say
+    again how probable they were (words int64 [B, K A]; another policy's may have any dtype and shape [B, ...]), and log_probs
+    float32 [B, K A], one for each number of the chunk."""
     tokens: torch.Tensor
     log_probs: torch.Tensor
     actions: torch.Tensor
@@ -176,7 +178,7 @@ class World(Protocol):
     def reset(self, states: list[InitialState], streams: Streams) -> torch.Tensor:
         "Start one trial per state; the first frames, uint8 [B, H, W, 3]."
     def step(self, actions: torch.Tensor) -> torch.Tensor:
-        "Take K actions, float32 [B, K, 7] in environment units; the frames that follow them, uint8 [B, K, H, W, 3]."
+        "Take K actions, float32 [B, K, A] in environment units; the frames that follow them, uint8 [B, K, H, W, 3] (or only the last)."
     def judge(self, batch: TrajectoryBatch) -> TrajectoryBatch:
         "The batch with `success`, `finish_step` and `length` filled in."
 
@@ -185,6 +187,12 @@ class Policy(Protocol):
     "Anything that looks at a frame and answers with a chunk of actions."
     def act(self, frames: torch.Tensor, streams: Streams, temperature: float) -> ActionChunk:
         "Actions for frames uint8 [B, H, W, 3]; greedy when `temperature` is 0."
+
+# %% ../nbs/02_trajectory.ipynb #5de2b4f1
+class TrainablePolicy(Policy, Protocol):
+    "A policy that practice can improve; also an `nn.Module`."
+    def log_probs_and_entropy(self, frames: torch.Tensor, tokens: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        "Log-probabilities, with gradient, and entropies, float32 [B, K A], of `tokens` as `act` gave them for frames uint8 [B, H, W, 3]."
 
 # %% ../nbs/02_trajectory.ipynb #c4d8662f
 @torch.no_grad()
@@ -264,7 +272,8 @@ def _trajectories(path):
 def _batch_of(sample: dict) -> TrajectoryBatch:
     "One trajectory, B = 1, from the members of a shard; upstream's shards lack some of ours."
     meta, (steps, _) = sample["meta.json"], sample["action.npy"].shape
-    tokens = torch.from_numpy(sample.get("responses.npy", np.zeros((0, 56), np.int64))).long()
+    tokens = torch.from_numpy(sample.get("responses.npy", np.zeros((0, 56), np.int64)))
+    if not tokens.is_floating_point(): tokens = tokens.long()            # words; what another policy keeps stays as it is
     log_probs = torch.from_numpy(sample.get("log_probs.npy", np.zeros(tokens.shape, np.float32)))
     numbers = {name: torch.tensor([meta.get(name, default)]) for name, default in
                (("finish_step", steps), ("length", meta["finish_step"]), ("state_id", int(sample.get("state_id.npy", 0))), ("member", 0))}

@@ -22,7 +22,7 @@ from .policy import load_policy, save_trained
 from .presets import GRPOConfig, UserError, seeds_for
 from .run import (Checkpointer, Diverged, Run, Stopped, command, is_main, make_optimizer, my_share, open_run, parse_preset,
                          prepare, preset_parser, processes, progress, start_processes, stop_if_asked, sum_gradients, sum_over_processes)
-from .trajectory import InitialState, TrajectoryBatch, load_first_frames, read_shards, rollout
+from .trajectory import InitialState, TrainablePolicy, TrajectoryBatch, World, load_first_frames, read_shards, rollout
 
 # %% ../nbs/14_wmpo.ipynb #c0f4a2c8
 def mix_seed(*numbers: int) -> int:
@@ -259,7 +259,7 @@ def _start_policy(policy, config: GRPOConfig):
     return deepcopy(policy).eval().requires_grad_(False) if config.start_kl else None
 
 # %% ../nbs/14_wmpo.ipynb #ee22423c
-def train_wmpo(policy, world, states: list[InitialState], config: GRPOConfig, *, chunks: int, temperature: float,
+def train_wmpo(policy: TrainablePolicy, world: World, states: list[InitialState], config: GRPOConfig, *, chunks: int, temperature: float,
                seed: int = 0, checkpointer: Checkpointer | None = None, log=None, run: Run | None = None):
     """Improve `policy` in `world`, starting from `states` (paper, Algorithm 1); returns it, changed in place.
 
