@@ -21,7 +21,7 @@ WEIGHTS = sorted((PACKAGE / "weights").rglob("*.safetensors"))
 CARDS = sorted((ROOT / "data_cards").glob("*.md"))
 SETTINGS = ConfigParser(delimiters=["="])
 SETTINGS.read(ROOT / "settings.ini")
-HEAVY = ("robosuite", "mujoco", "diffusers", "transformers", "tensorboard", "accelerate")
+HEAVY = ("robosuite", "mujoco", "diffusers", "transformers", "tensorboard", "accelerate", "peft")
 
 
 def setting(name: str) -> list[str]:

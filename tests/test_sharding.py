@@ -1,0 +1,74 @@
+"One copy of the policy spread over two processes (FSDP2 on the CPU): the same results, and nobody ever holds it whole."
+
+import cluster_work
+import pytest
+import sharding_work
+import torch
+from test_cluster import ROOT, accelerate
+
+from wmpo_nb.policy import OpenVLAOFT
+from wmpo_nb.presets import UserError
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    "What one process with whole weights has found and what each of two with half of them, and the folder of the two."
+    alone, two = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("two")
+    run = accelerate("--config_file", ROOT / "configs/accelerate/fsdp2_cpu_2.yaml", "--main_process_port", 0, sharding_work.__file__, two,
+                     ACCELERATE_USE_CPU="true")
+    assert run.returncode == 0, run.stderr[-3000:]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WMPO_PRECISION", "fp32")
+        history = []
+        whole = {"policy": cluster_work.practise(alone / "whole", 3, history), "sft": cluster_work.weights(sharding_work.clone(alone / "sft", 4)),
+                 "adapters": cluster_work.practise(alone / "adapters", 2, **sharding_work.FRUGAL), "history": history}
+    return whole, [torch.load(two / f"found_{rank}.pt", weights_only=True) for rank in (0, 1)], two
+
+
+def test_each_process_holds_half(found):
+    for each in found[1]:
+        held, total = each["held"]
+        assert each["processes"] == 2 and 0.4 * total < held < 0.6 * total
+
+
+@pytest.mark.parametrize("stage", ["policy", "sft", "adapters"])
+def test_sharded_processes_learn_the_same(found, stage):
+    alone, two, _ = found
+    assert torch.equal(two[0][stage], two[1][stage])
+    torch.testing.assert_close(two[0][stage], alone[stage], atol=1e-5, rtol=0)
+    assert two[0]["history"][0]["grad_norm"] == pytest.approx(alone["history"][0]["grad_norm"], rel=1e-4), "clipped by the norm of all slices"
+
+
+def test_a_sharded_run_is_resumed_to_the_same_bits(found):
+    for each in found[1]:
+        assert torch.equal(each["policy"], each["resumed"]) and torch.equal(each["sft"], each["sft_resumed"])
+
+
+def test_checkpoints_hold_slices_and_no_whole(found):
+    _, two, folder = found
+    size = 4 * two[0]["held"][1]
+    for name in ("whole", "sft"):
+        newest = sorted((folder / name).glob("step_*"))[-1]
+        slices = sorted((newest / "shards").glob("*.distcp"))
+        assert len(slices) == 2 and min(path.stat().st_size for path in slices) > 0.8 * max(path.stat().st_size for path in slices)
+        assert "policy" not in torch.load(newest / "state.pt", weights_only=True)["objects"]
+        assert len(list((folder / name).glob("step_*"))) == 2 and not list((folder / name).glob("*.tmp")), "pruned, and complete"
+    newest = sorted((folder / "adapters").glob("step_*"))[-1]
+    assert sum(path.stat().st_size for path in (newest / "shards").glob("*.distcp")) < 2 * size, "adapters and their state only"
+
+
+def test_the_saved_policy_is_whole(found):
+    _, two, folder = found
+    policy = OpenVLAOFT.from_pretrained(folder / "policy")
+    assert torch.equal(cluster_work.weights(policy), two[0]["sft"])
+
+
+def test_a_sharded_checkpoint_is_not_taken_for_a_whole_one(found):
+
+    _, _, folder = found
+    with pytest.raises(UserError, match="written with sharding.*as it was launched"):
+        cluster_work.practise(folder / "whole", 3)
+
+
+def test_muon_is_refused(found):
+    assert all("use adamw" in each["muon"] for each in found[1])
