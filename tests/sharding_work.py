@@ -1,4 +1,4 @@
-"What `test_sharding.py` runs in two processes that share one copy of the policy: `sharding_work.py FOLDER`."
+"What `test_sharding.py` runs in processes that share one copy of the policy: `sharding_work.py FOLDER work`, then `resume`."
 import os
 import sys
 from dataclasses import replace
@@ -51,7 +51,13 @@ def work(folder: Path) -> dict:
     return found
 
 
+def resume(folder: Path) -> dict:
+    "What other processes read from the checkpoints of `work`, and where they arrive an iteration later."
+    return {"read": cluster_work.practise(folder / "part", 3), "longer": cluster_work.practise(folder / "part", 4)}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    found = work(Path(sys.argv[1]))
-    torch.save(found, Path(sys.argv[1]) / f"found_{os.environ.get('RANK', '0')}.pt")
+    folder = Path(sys.argv[1])
+    found = {"work": work, "resume": resume}[sys.argv[2]](folder)
+    torch.save(found, folder / f"found_{os.environ.get('RANK', '0')}.pt")
