@@ -3,6 +3,7 @@
 import cluster_work
 import pytest
 import sharding_work
+import soak
 import torch
 from test_cluster import ROOT, accelerate
 from torch.distributed.checkpoint import FileSystemReader
@@ -81,6 +82,19 @@ def test_three_processes_go_on_with_the_slices_of_two(found, tmp_path):
         each = torch.load(folder / f"found_{rank}.pt", weights_only=True)
         assert torch.equal(each["read"], two[0]["policy"])
         torch.testing.assert_close(each["longer"], longer, atol=2e-5, rtol=0)
+
+
+def test_the_command_shards_and_writes_the_same_policy(tmp_path, monkeypatch):
+    "wmpo-train in a dream of random networks, from the files to the saved policy."
+    monkeypatch.setenv("WMPO_PRECISION", "fp32")
+    soak.make_parts(tmp_path)
+    alone, two = ([*soak.command("grpo", tmp_path, tmp_path / name), "--grpo.iterations", "2"] for name in ("alone", "two"))
+    soak.finish(alone)
+    run = accelerate("--config_file", ROOT / "configs/accelerate/fsdp2_cpu_2.yaml", "--main_process_port", 0, *two[1:], ACCELERATE_USE_CPU="true")
+    assert run.returncode == 0, run.stderr[-3000:]
+    policies = [OpenVLAOFT.from_pretrained(tmp_path / name / "policy") for name in ("alone", "two")]
+    torch.testing.assert_close(*map(cluster_work.weights, policies), atol=1e-5, rtol=0)
+    assert (tmp_path / "two/videos/grpo_000000.gif").exists() and len(list((tmp_path / "two/checkpoints").glob("step_*/shards/*.distcp"))) == 4
 
 
 def test_muon_is_refused(found):
