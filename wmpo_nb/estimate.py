@@ -127,6 +127,7 @@ class Step:
     curve: tuple
     flops: int
     unit: int
+    temporary: int = 0          # of the optimiser's step
 
 # %% ../nbs/22_estimate.ipynb #6bd015db
 def _largest_unit(module: nn.Module) -> int:
@@ -158,13 +159,13 @@ def training_step(module: nn.Module, loss: Callable, config, *, named=None, bf16
 def _step(module, config, meter: Meter, before: tuple, flops: int, gpu: bool) -> Step:
     left, curve = before
     gradients = meter.live["gradients"]
-    # on a GPU AdamW works on all parameters at once and needs a temporary as large as they are
-    curve = _corners([*curve, (gradients if gpu else 0, gradients)])
+    curve = _corners([*curve, (0, gradients)])
     averaged = Adapters(module) if getattr(module, "adapter_rank", 0) else module
     state = sum(t.nbytes for t in averaged.state_dict().values() if t.is_floating_point())
     return Step(weights=meter.live["weights"], casts=meter.casts, gradients=gradients,
                 optimiser=meter.live["activations"] - left, average=state if hasattr(config, "ema") else 0, curve=curve,
-                flops=flops, unit=_largest_unit(module))
+                # on a GPU AdamW works on all parameters at once and needs a temporary as large as they are
+                flops=flops, unit=_largest_unit(module), temporary=gradients if gpu else 0)
 
 # %% ../nbs/22_estimate.ipynb #24fbb389
 def _corners(curve: list) -> tuple:
@@ -312,8 +313,9 @@ def _parts(step: Step, setup: Setup) -> dict:
     average = step.average / (1 if zero else setup.share("weights"))
     parts = {"weights": weights / setup.share("weights"), "optimiser": state / setup.share("optimiser"), "average": average}
     copies = step.casts if whole and not zero else 0
-    # two gathered blocks, which FSDP here gathers in float32 and casts one at a time, and one whole gradient
-    if not whole: copies = (2 * 2 if zero else 2 * 4 + 2 * setup.bf16) * step.unit + 4 * step.unit
+    if not whole: copies = (2 * 2 if zero else 2 * 4) * step.unit + 4 * step.unit          # two gathered blocks, one whole gradient
+    # FSDP here gathers float32, and the backward pass keeps the bfloat16 copies of all blocks, unless they are computed again
+    if setup.sharding == "fsdp": copies += 2 * step.unit if setup.checkpointing else step.casts
     buckets = step.gradients if setup.processes > 1 and setup.sharding == "none" else 0
     return parts | {"copies": copies + buckets}
 
@@ -322,8 +324,10 @@ def training_memory(step: Step, setup: Setup) -> dict:
     "Bytes per process at the step's peak, by part."
     width = 2 if setup.sharding.startswith("zero") else 1
     share = setup.share("gradients") * width
-    activations, gradients = max(step.curve, key=lambda point: point[0] + point[1] / share)
-    return _parts(step, setup) | {"gradients": gradients / share, "activations": activations}
+    moments = [(activations, gradients / share) for activations, gradients in step.curve]
+    moments.append((step.temporary / setup.share("optimiser"), step.gradients / share))
+    activations, gradients = max(moments, key=sum)
+    return _parts(step, setup) | {"gradients": gradients, "activations": activations}
 
 # %% ../nbs/22_estimate.ipynb #9167d878
 @torch.no_grad()
@@ -403,7 +407,9 @@ def _estimate_grpo(preset: Preset, setup: Setup, how: dict, step: Step) -> Estim
     frozen = sum(weights for name, (weights, _, _) in calls.items() if name != "policy")
     learning, acting = training_memory(step, setup), _parts(step, setup)
     # the gradients of the last step live on while the next rollout is made
-    acting |= {"gradients": step.gradients / setup.share("gradients"), "activations": max(size for _, size, _ in calls.values())}
+    cast = calls["policy"][0] / 2 if setup.sharding == "fsdp" and setup.bf16 else 0       # sharded, a block at a time
+    sizes = [size - cast * (name == "policy") for name, (_, size, _) in calls.items()]
+    acting |= {"gradients": step.gradients / setup.share("gradients"), "activations": max(sizes)}
     if setup.share("weights") == 1: acting["copies"] -= step.casts        # counted among what acting needs
     memory = max(learning, acting, key=lambda parts: sum(parts.values())) | {"other networks": frozen}
     host = rollout_buffers(preset, batch)

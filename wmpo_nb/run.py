@@ -478,7 +478,8 @@ def fast_precision(device, enabled: bool = True):
     device, choice = torch.device(device), os.environ.get("WMPO_PRECISION", "auto")
     fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
     if choice != "auto": fast = choice == "bf16"
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and fast)
+    # its cache would keep the copies of a whole sharded network
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and fast, cache_enabled=not shards())
 
 # %% ../nbs/01_run.ipynb #b6d8ed3d
 class Diverged(UserError, RuntimeError):
