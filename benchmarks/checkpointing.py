@@ -1,14 +1,13 @@
-"""What activation checkpointing saves: memory and time of one backward pass with and without it, side by side in one run.
+"""What activation checkpointing saves: memory of one forward and backward pass with and without it, side by side in one run.
 
     python benchmarks/checkpointing.py
-    python benchmarks/checkpointing.py --machine "8 x H100, 96 cores" --append benchmarks/README.md
+    python benchmarks/checkpointing.py --machine "one core of a laptop"
 
 `tiny_lift` with the networks four times as deep, because memory that blocks share out is what is at stake; batches as in training.
 Memory is what PyTorch allocates beside weights and gradients, at its peak, by its own profiler.
 """
 import argparse
 import time
-from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -45,34 +44,25 @@ def peak(events) -> float:
     return most / 1e6
 
 
-def measure(case, preset, enabled: bool, rounds: int) -> tuple[float, float]:
-    "(MB at the peak of a forward and backward pass, seconds of the fastest of `rounds`)."
+def measure(case, preset, enabled: bool) -> float:
+    "MB at the peak of a forward and backward pass."
     torch.manual_seed(0)
     module, loss = case(preset)
     checkpoint_blocks(module.train(), enabled)
     loss().backward()                                  # the gradients are there from now on
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof: loss().backward()
-    seconds = []
-    for _ in range(rounds):
-        since = time.perf_counter()
-        loss().backward()
-        seconds.append(time.perf_counter() - since)
-    return peak(prof.profiler.kineto_results.events()), min(seconds)
+    return peak(prof.profiler.kineto_results.events())
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=2, help="measured rounds (default: %(default)s)")
     parser.add_argument("--machine", default="", help="the machine, in words, for the table")
-    parser.add_argument("--append", type=Path, metavar="FILE", help="add the lines to the table at the end of this file")
     args = parser.parse_args()
-    preset, rows = load_preset("tiny_lift", DEEP), []
+    preset = load_preset("tiny_lift", DEEP)
     for name, case in (("policy", policy_case), ("world model", world_model_case)):
         for enabled in (False, True):
-            memory, seconds = measure(case, preset, enabled, args.rounds)
-            rows.append(f"| {time.strftime('%Y-%m-%d')} | {args.machine} | {name} | {'yes' if enabled else 'no'} | {memory:.0f} | {seconds:.2f} |")
-            print(rows[-1], flush=True)
-    if args.append: args.append.write_text(args.append.read_text().rstrip("\n") + "\n" + "\n".join(rows) + "\n")
+            memory = measure(case, preset, enabled)
+            print(f"| {time.strftime('%Y-%m-%d')} | {args.machine} | {name} | {'yes' if enabled else 'no'} | {memory:.0f} |", flush=True)
 
 
 if __name__ == "__main__": main()
