@@ -229,7 +229,7 @@ def test_adapters_and_checkpointing_are_counted():
     assert whole.memory["weights"] < adapted.memory["weights"] < 1.3 * whole.memory["weights"]
     frugal = estimate(override(TINY, "sft.activation_checkpointing", "true"), "sft", CPU)
     assert frugal.memory["activations"] < 0.8 * whole.memory["activations"] and frugal.flops > 1.1 * whole.flops
-    assert frugal.setup.checkpointing and frugal == estimate(TINY, "sft", replace(CPU, checkpointing=True))
+    assert frugal.setup.checkpointing and frugal.flops == estimate(TINY, "sft", replace(CPU, checkpointing=True)).flops
 
 
 @pytest.mark.parametrize("stage, able", [("sft", True), ("alignment", True), ("vae_training", False)])
