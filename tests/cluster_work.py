@@ -17,7 +17,7 @@ from wmpo_nb.evaluation import evaluate
 from wmpo_nb.policy import OpenVLAOFT
 from wmpo_nb.presets import WorldModelTrainConfig
 from wmpo_nb.reward import train_reward
-from wmpo_nb.run import Checkpointer, processes, start_processes
+from wmpo_nb.run import Checkpointer, is_sharded, processes, start_processes
 from wmpo_nb.sft import train_sft
 from wmpo_nb.vae import train_vae
 from wmpo_nb.wmpo import gather, train_wmpo
@@ -30,13 +30,16 @@ SHORT = {"steps": 4, "warmup_steps": 1, "decay_steps": 1, "log_every": 1, "learn
 ADAM = {"optimizer": "adamw"} | SHORT
 
 
-def weights(module): return torch.cat([value.detach().float().flatten() for value in module.state_dict().values()])
+def weights(module):
+    "All weights as one vector float32, of a sharded network too."
+    values = [value.full_tensor() if is_sharded(value) else value for value in module.state_dict().values()]
+    return torch.cat([value.detach().float().flatten() for value in values])
 
 
-def practise(folder, iterations, history=None):
-    "GRPO in the bandit, with checkpoints in `folder`; the policy's weights."
+def practise(folder, iterations, history=None, **fields):
+    "GRPO in the bandit, with checkpoints in `folder`; the policy's weights. `fields` of `GRPO` are replaced."
     policy = test_wmpo.new_policy()
-    train_wmpo(policy, test_wmpo.Brightness(), test_wmpo.STATES, replace(GRPO, iterations=iterations), chunks=2, temperature=1.0,
+    train_wmpo(policy, test_wmpo.Brightness(), test_wmpo.STATES, replace(GRPO, iterations=iterations, **fields), chunks=2, temperature=1.0,
                checkpointer=Checkpointer(folder, 1), log=lambda i, **numbers: history is not None and history.append(numbers))
     return weights(policy)
 

@@ -85,20 +85,26 @@ def test_accelerate_reads_the_launch_configurations(path):
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     config = load_config_from_file(str(path))
     known = {action.dest for action in launch_command_parser()._actions}
-    unknown = {*config.fsdp_config, *config.deepspeed_config} - known
+    unknown = {*config.fsdp_config} - known
     assert not unknown, f"accelerate launch knows no {unknown}"
     arguments = launch_command_parser().parse_args(["--config_file", str(path), "-m", "wmpo_nb.wmpo"])
     _validate_launch_command(arguments)
-    expected = {"one_gpu": 1, "cpu_2": 2, "four_nodes_ddp": 32, "fsdp2_32": 32}.get(path.stem, 8)
+    expected = {"one_gpu": 1, "cpu_2": 2, "fsdp2_cpu_2": 2, "four_nodes_ddp": 32, "fsdp2_32": 32}.get(path.stem, 8)
     assert arguments.num_processes == expected and arguments.use_fsdp == path.stem.startswith("fsdp2")
-    assert arguments.use_deepspeed == path.stem.startswith("deepspeed")
 
 
-def test_the_layers_that_fsdp_wraps_exist():
-    import wmpo_nb.policy
-    for path in (ROOT / "configs/accelerate").glob("fsdp2*.yaml"):
-        names = load_config_from_file(str(path)).fsdp_config["fsdp_transformer_layer_cls_to_wrap"].split(",")
-        assert all(issubclass(getattr(wmpo_nb.policy, name), nn.Module) for name in names)
+@pytest.mark.parametrize("variables, said", [
+    ({"ACCELERATE_USE_DEEPSPEED": "true"}, "FSDP2 only"), ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP2 only"),
+    ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "activation_checkpointing true")])
+def test_launches_that_cannot_be_served_are_refused(variables, said, monkeypatch):
+    for name, value in variables.items(): monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=said): start_processes()
+
+
+def test_commands_that_keep_whole_weights_refuse_sharding(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="wmpo-x keeps whole weights.*ddp_8.yaml"): parse_preset(preset_parser("wmpo-x", "", ""), [])
+    parse_preset(preset_parser("wmpo-x", "", ""), [], can_shard=True)
 
 
 # --- one process ---------------------------------------------------------------------------------------------------
@@ -233,8 +239,11 @@ def test_practice_killed_and_resumed_ends_with_the_same_weights(parts, tmp_path)
     assert soak.soak("grpo", parts, tmp_path, kills=1) <= 1
     entries = read_metrics(tmp_path / "unbroken")
     assert any(entry["surplus"] for entry in entries), "nothing ever waited: choose other parts"
-    wanted = {"success", "kept_share", "approx_kl", "start_kl", "clip_fraction", "entropy", "grad_norm", "frames_per_second", "memory_mb"}
+    wanted = {"success", "kept_share", "approx_kl", "start_kl", "clip_fraction", "entropy", "grad_norm", "frames_per_second", "memory_mb",
+              "total_imagined_frames"}
     assert wanted <= set(entries[-1]) and entries[0]["start_kl"] == pytest.approx(0, abs=1e-6) and entries[-1]["start_kl"] > 0
+    assert entries[-1]["total_imagined_frames"] == sum(entry["frames"] for entry in entries)
+    assert [path.name for path in sorted((tmp_path / "unbroken/videos").iterdir())] == ["grpo_000000.gif", "grpo_000005.gif"]
     assert all(sum(entry["score_histogram"]) == entry["trajectories"] for entry in entries if entry["trajectories"])
 
 

@@ -191,7 +191,7 @@ STEP = Step(weights=4000, casts=2000, gradients=4000, optimiser=8000, average=40
 
 @pytest.mark.parametrize("sharding, expected", [
     ("none", {"weights": 4000, "optimiser": 8000, "average": 4000, "copies": 2000 + 4000, "gradients": 4000, "activations": 100}),
-    ("fsdp", {"weights": 1000, "optimiser": 2000, "average": 4000, "copies": 800, "gradients": 1000, "activations": 100}),
+    ("fsdp", {"weights": 1000, "optimiser": 2000, "average": 1000, "copies": 3200, "gradients": 1000, "activations": 100}),
     ("zero1", {"weights": 2000, "optimiser": 3000, "average": 4000, "copies": 0, "gradients": 2000, "activations": 100}),
     ("zero2", {"weights": 2000, "optimiser": 3000, "average": 4000, "copies": 0, "gradients": 0, "activations": 900}),
     ("zero3", {"weights": 500, "optimiser": 3000, "average": 4000, "copies": 800, "gradients": 0, "activations": 900})])
@@ -209,7 +209,7 @@ def test_more_of_everything_needs_more():
 
 
 def test_frozen_parameters_cost_nothing_to_train():
-    "What low-rank adapters will rely on."
+    "What low-rank adapters rely on."
     def half():
         network = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
         network[0].requires_grad_(False)
@@ -220,6 +220,23 @@ def test_frozen_parameters_cost_nothing_to_train():
     part = module.training_step(on_meta(half), lambda m: m(torch.zeros(2, 64)).sum(), TINY.grpo, **how)
     assert part.weights == whole.weights and part.gradients == whole.gradients / 2
     assert part.optimiser == pytest.approx(whole.optimiser / 2, rel=0.01)
+
+
+def test_adapters_and_checkpointing_are_counted():
+    whole = estimate(TINY, "sft", CPU)
+    adapted = estimate(override(TINY, "sft.lora_rank", "4"), "sft", CPU)
+    for part in ("gradients", "optimiser", "average"): assert adapted.memory[part] < 0.3 * whole.memory[part]
+    assert whole.memory["weights"] < adapted.memory["weights"] < 1.3 * whole.memory["weights"]
+    frugal = estimate(override(TINY, "sft.activation_checkpointing", "true"), "sft", CPU)
+    assert frugal.memory["activations"] < 0.8 * whole.memory["activations"] and frugal.flops > 1.1 * whole.flops
+    assert frugal.setup.checkpointing and frugal.flops == estimate(TINY, "sft", replace(CPU, checkpointing=True)).flops
+
+
+@pytest.mark.parametrize("stage, able", [("sft", True), ("alignment", True), ("vae_training", False)])
+def test_only_what_a_stage_can_do_is_proposed(stage, able):
+    near, far = module._setups(replace(CPU, processes=2), stage, (4,))
+    assert any(s.checkpointing for s in near) == any(s.checkpointing for s in far) == able
+    assert any(s.sharding == "fsdp" for s in near) == (stage == "sft")
 
 
 # ------------------------------------------------------------------------------- saying no
@@ -270,17 +287,17 @@ def test_dry_run_of_the_judge(words, stage, capsys):
 
 def test_setup_of_a_launch():
     assert launched_setup({}) == launched_setup({"WORLD_SIZE": "1"})
-    fsdp = launched_setup({"WORLD_SIZE": "8", "ACCELERATE_USE_FSDP": "true", "FSDP_ACTIVATION_CHECKPOINTING": "true"})
-    assert (fsdp.processes, fsdp.sharding, fsdp.checkpointing) == (8, "fsdp", True)
+    fsdp = launched_setup({"WORLD_SIZE": "8", "ACCELERATE_USE_FSDP": "true"})
+    assert (fsdp.processes, fsdp.sharding) == (8, "fsdp")
     assert launched_setup({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}).sharding == "zero3"
 
 
 def test_setup_of_accelerate_s_configuration(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\nnum_processes: 16\nmixed_precision: bf16\n"
-                    "use_cpu: false\nfsdp_config:\n  fsdp_activation_checkpointing: true\n")
+                    "use_cpu: false\nfsdp_config:\n  fsdp_version: 2\n")
     setup = configured_setup(path, DEVICES["h100"])
-    assert (setup.processes, setup.sharding, setup.checkpointing) == (16, "fsdp", True)
+    assert (setup.processes, setup.sharding) == (16, "fsdp")
     path.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_processes: 2\nmixed_precision: bf16\nuse_cpu: false\n")
     assert (configured_setup(path, DEVICES["h100"]).processes, configured_setup(path, DEVICES["h100"]).sharding) == (2, "none")
     with pytest.raises(UserError, match="cannot read"): configured_setup(tmp_path / "none.yaml", DEVICES["h100"])

@@ -24,7 +24,7 @@ SETTINGS = ConfigParser(delimiters=["="])
 SETTINGS.read(ROOT / "settings.ini")
 # Notebooks that do not keep all promises of `teaching_faults` yet. Take one out of the list with the change that makes it keep them.
 UNDER_WAY = {"27_build_it_yourself"}
-HEAVY = ("robosuite", "mujoco", "diffusers", "transformers", "tensorboard", "accelerate", "av", "pyarrow")
+HEAVY = ("robosuite", "mujoco", "diffusers", "transformers", "tensorboard", "accelerate", "av", "pyarrow", "peft")
 
 
 def setting(name: str) -> list[str]:

@@ -288,6 +288,8 @@ def main(argv=None):
     if args.epochs < 1 or args.beta <= 0: raise UserError(f"--epochs and --beta must be positive, not {args.epochs} and {args.beta}")
     if preset.collect.trajectories < preset.grpo.group_size:
         raise UserError(f"a budget of {preset.collect.trajectories} trials is less than one group of {preset.grpo.group_size}")
+    if preset.grpo.lora_rank or preset.grpo.activation_checkpointing:
+        raise UserError("wmpo-baseline trains all weights: leave out --grpo.lora_rank and --grpo.activation_checkpointing")
     load = policy_loader(args.policy, preset)
     run = Run(args.output, preset, " ".join(["wmpo-baseline", args.method, *_settings(args)]), args.seed, args.resume)
     variants = ("large", "small") if args.variant == "both" else (args.variant,)

@@ -6,11 +6,13 @@ __all__ = ['PIXEL_STATISTICS', 'BOS', 'PLACEHOLDER', 'STOP', 'OTHER_KINDS', 'act
            'normalize_pixels', 'attention_weights', 'attention', 'VisionAttention', 'VisionMLP', 'LayerScale',
            'VisionBlock', 'AttentionPool', 'PatchEmbedding', 'VisionTransformer', 'VisionBackbone', 'Projector',
            'rotary_angles', 'rotate', 'RMSNorm', 'LlamaAttention', 'LlamaMLP', 'LlamaLayer', 'Llama', 'LanguageModel',
-           'encode_prompt', 'compact', 'initialize', 'OpenVLAOFT', 'token_log_probs', 'sample_tokens', 'check_kind',
+           'encode_prompt', 'compact', 'initialize', 'OpenVLAOFT', 'token_log_probs', 'sample_tokens', 'has_adapters',
+           'add_adapters', 'Adapters', 'trained_part', 'prepare_policy', 'adapters_off', 'whole_weights', 'check_kind',
            'check_lineage', 'stats_entry', 'load_policy', 'save_policy', 'save_trained']
 
 # %% ../nbs/04_policy.ipynb #c402f030
 import io, json, shutil
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,7 +25,8 @@ from torch import nn
 
 # %% ../nbs/04_policy.ipynb #be53729c
 from .presets import PAPER_TASKS, PolicyConfig, Preset, UserError
-from .run import atomic_write, check_fits, fast_precision, load_tensors, save_tensors, save_weights
+from .run import (atomic_write, check_fits, checkpoint_blocks, fast_precision, gathered, is_main, load_tensors, make_optimizer,
+                         place, prepare, save_tensors, save_weights)
 from .trajectory import ActionChunk, ActionStats, load_stats, save_stats
 
 # %% ../nbs/04_policy.ipynb #5f3fe1a7
@@ -350,7 +353,7 @@ class OpenVLAOFT(nn.Module):
         self.projector = Projector(sum(config.vision_dims), config.hidden_size)
         self.language_model = LanguageModel(config)
         self.action_tokens = config.chunk_size * config.action_dim
-        self.bfloat16, self._prompt = True, None
+        self.bfloat16, self.adapter_rank, self._prompt = True, 0, None
         self.apply(initialize)
 
     @property
@@ -445,13 +448,83 @@ def log_probs(self: OpenVLAOFT, frames: torch.Tensor, tokens: torch.Tensor, temp
     "Log-probabilities float32 [B, 56] of `tokens` int64 [B, 56], with gradient, for frames uint8 [B, H, W, 3]."
     return self.log_probs_and_entropy(frames, tokens, temperature)[0]
 
+# %% ../nbs/04_policy.ipynb #0263ff12
+def has_adapters(policy) -> bool: return bool(getattr(policy, "adapter_rank", 0))     # any policy may be trained, not only ours
+
+
+def add_adapters(policy: OpenVLAOFT, rank: int, seed: int = 0) -> OpenVLAOFT:
+    """Freeze `policy` and put trained matrices of `rank` beside its linear layers, all but the output; rank 0 changes nothing.
+
+    They start the same for the same `seed`, and without effect. A policy that has adapters keeps them. (LoRA: Hu et al. 2022;
+    layers and scale as in OpenVLA)"""
+    if rank == 0 or has_adapters(policy): return policy
+    from peft import LoraConfig, inject_adapter_in_model
+    # SigLIP's pooling head is never computed
+    layers = [name for name, layer in policy.named_modules()
+              if isinstance(layer, nn.Linear) and "attn_pool" not in name and not name.endswith("lm_head")]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=min(rank, 16), target_modules=layers), policy)
+    policy.adapter_rank = rank
+    return policy
+
+# %% ../nbs/04_policy.ipynb #f26a9780
+class Adapters:
+    "The adapters of `policy` as all that is saved and averaged: its other weights never change."
+    def __init__(self, policy: OpenVLAOFT): self.policy = policy
+
+    def state_dict(self) -> dict: return {key: value for key, value in self.policy.state_dict().items() if ".lora_" in key}
+
+    def load_state_dict(self, state: dict):
+        if state.keys() != self.state_dict().keys(): raise RuntimeError("these are not the adapters of this policy")
+        self.policy.load_state_dict(state, strict=False)
+
+
+def trained_part(policy: OpenVLAOFT):
+    "What training changes: the `policy`, or its `Adapters` if it has some."
+    return Adapters(policy) if has_adapters(policy) else policy
+
+# %% ../nbs/04_policy.ipynb #58ee7f54
+def prepare_policy(accelerator, policy: OpenVLAOFT, config, seed: int) -> tuple:
+    "`policy` as `config` wants it trained (`lora_rank`, `activation_checkpointing`), on its device or sharded, and its optimiser."
+    checkpoint_blocks(add_adapters(policy, config.lora_rank, seed), config.activation_checkpointing)
+    place(accelerator, policy)
+    return prepare(accelerator, policy, make_optimizer(policy.named_parameters(), config))
+
+# %% ../nbs/04_policy.ipynb #bd0592d1
+@contextmanager
+def adapters_off(policy: OpenVLAOFT):
+    "Inside, `policy` computes what it did before it had adapters."
+    from peft.tuners.lora import LoraLayer
+    layers = [layer for layer in policy.modules() if isinstance(layer, LoraLayer)]
+    for layer in layers: layer.set_scale("default", 0.0)
+    try: yield
+    finally:
+        for layer in layers: layer.set_scale("default", 1.0)
+
+# %% ../nbs/04_policy.ipynb #08d520c2
+def whole_weights(policy: OpenVLAOFT) -> dict:
+    """The state dict of `policy` as if it had no adapters: they are added to the weights beside them.
+
+    Sharded weights are put together in the memory of the first process (all must call it); the others get nothing."""
+    state, rank, merged = gathered(policy.state_dict()), policy.adapter_rank, {}
+    for key, value in state.items():
+        if ".lora_" in key: continue
+        layer, adapted, name = key.rpartition(".base_layer.")
+        if adapted and name == "weight":
+            down, up = (state[f"{layer}.lora_{side}.default.weight"] for side in "AB")
+            value = (value + (up.to(down) @ down) * (min(rank, 16) / rank)).to(value.dtype)
+        merged[f"{layer}.{name}" if adapted else key] = value
+    return merged
+
 # %% ../nbs/04_policy.ipynb #42c4d19f
 @patch
 def save_pretrained(self: OpenVLAOFT, folder):
-    "Write weights, action statistics and configuration. Each file is complete or absent."
-    folder = Path(folder)
+    "Write weights, action statistics and configuration, in the first process. Each file is complete or absent."
+    folder, weights = Path(folder), whole_weights(self)
+    if not is_main(): return
     folder.mkdir(parents=True, exist_ok=True)
-    save_weights(folder / "model.safetensors", self, config=self.config)
+    save_weights(folder / "model.safetensors", weights, config=self.config)
     save_stats(folder / "dataset_statistics.json", self.stats, self.instruction)
     with atomic_write(folder / "config.json") as temporary:
         record = {"policy": asdict(self.config), "instruction": self.instruction}
@@ -540,17 +613,19 @@ def load_policy(folder, preset: Preset, stats=None, stats_key: str | None = None
 def save_policy(folder, policy: OpenVLAOFT, like, shard_bytes: int = 5 * 10**9, stats=None):
     """Write `policy` as released ones are, with configuration, tokenizer and statistics copied from the folder `like`.
 
-    `stats`: a dataset_statistics.json to copy if `like` has none. Python is left behind."""
+    `stats`: a dataset_statistics.json to copy if `like` has none. Python is left behind. Only the first process writes."""
+    weights = whole_weights(policy)
+    if not is_main(): return
     for path in [*sorted(Path(like).iterdir()), *([Path(stats)] if stats else [])]:
         if path.suffix in (".json", ".model", ".txt") and not path.name.endswith(".index.json"):
             name = "dataset_statistics.json" if stats and path == Path(stats) else path.name
             with atomic_write(Path(folder, name)) as temporary: shutil.copyfile(path, temporary)
-    save_tensors(folder, policy.state_dict(), shard_bytes)
+    save_tensors(folder, weights, shard_bytes)
 
 # %% ../nbs/04_policy.ipynb #390977b6
 def save_trained(folder, policy: OpenVLAOFT, like, stats=None):
-    "Write `policy` to `folder`, replacing what is there, in the format of the folder `like` that it was loaded from."
+    "Write `policy`, its adapters merged, to `folder`, replacing what is there, in the format of the folder `like` it was loaded from."
     path = Path(like) / "config.json"
     if path.exists() and "policy" in json.loads(path.read_text()): return policy.save_pretrained(folder)
-    shutil.rmtree(folder, ignore_errors=True)
+    if is_main(): shutil.rmtree(folder, ignore_errors=True)
     save_policy(folder, policy, like, stats=stats)

@@ -150,6 +150,8 @@ class SFTConfig:
     label_sigma: float = 3.0                           # Gaussian smoothing of the 256-bin targets, bins (0: plain one-hot)
     image_shift: int = 2                               # random translation, pixels
     grad_clip: float = 1.0
+    lora_rank: int = 0                                 # train low-rank adapters of this rank beside frozen weights (0: all weights)
+    activation_checkpointing: bool = False             # keep only each block's input and compute the rest again: less memory, a third more work
     log_every: int = 25
     checkpoint_every: int = 500
 
@@ -188,6 +190,7 @@ class WorldModelTrainConfig:
     chunk_starts: float = 0.5                          # share of windows that begin where a dream's chunks do (0: all begin anywhere, as upstream)
     replay_share: float = 0.0                          # share of each batch drawn from the pre-training data (alignment only)
     compile: bool = False                              # let torch.compile fuse the network: minutes of warm-up, then faster (needs a C++ compiler)
+    activation_checkpointing: bool = False             # keep only each block's input and compute the rest again: less memory, a third more work
     log_every: int = 25
     checkpoint_every: int = 250
 
@@ -235,6 +238,9 @@ class GRPOConfig:
     accuracy_low: float = 0.1                          # groups outside [low, high] teach nothing and are dropped
     accuracy_high: float = 0.9
     grad_clip: float = 1.0
+    lora_rank: int = 0                                 # train low-rank adapters of this rank beside frozen weights (0: all weights)
+    activation_checkpointing: bool = False             # keep only each block's input and compute the rest again: less memory, a third more work
+    videos_every: int = 5                              # iterations between films of a group of siblings, in the run's folder (0: none)
     checkpoint_every: int = 1
 
 # %% ../nbs/00_presets.ipynb #61fb5eb6

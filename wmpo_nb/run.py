@@ -3,13 +3,14 @@
 # %% auto #0
 __all__ = ['atomic_write', 'save_weights', 'load_weights', 'config_of', 'load_metrics', 'check_fits', 'load_into', 'load_pickled',
            'load_tensors', 'save_tensors', 'EMA', 'learning_rate_at', 'Optimizers', 'is_block_matrix', 'make_optimizer',
-           'processes', 'start_processes', 'sum_over_processes', 'wait_for_all', 'my_share', 'prepare', 'sum_gradients',
-           'Stopped', 'heed_sigterm', 'asked_to_stop', 'stop', 'stop_if_asked', 'fast_precision', 'Diverged',
-           'check_finite', 'optimizer_step', 'train_step', 'is_main', 'Checkpointer', 'progress', 'Ledger',
+           'processes', 'shards', 'start_processes', 'sum_over_processes', 'wait_for_all', 'my_share', 'blocks',
+           'place', 'is_sharded', 'gathered', 'ShardedOptimizer', 'prepare', 'sum_gradients', 'Stopped', 'heed_sigterm',
+           'asked_to_stop', 'stop', 'stop_if_asked', 'fast_precision', 'Diverged', 'check_finite', 'clip_gradients',
+           'optimizer_step', 'checkpoint_blocks', 'train_step', 'is_main', 'Checkpointer', 'progress', 'Ledger',
            'read_metrics', 'make_trackers', 'Run', 'preset_parser', 'parse_preset', 'open_run', 'command']
 
 # %% ../nbs/01_run.ipynb #a6210534
-import argparse, dataclasses, difflib, errno, functools, json, math, os, pickle, random, shutil, signal, sys, textwrap, threading, time
+import argparse, dataclasses, difflib, errno, functools, io, json, math, os, pickle, random, shutil, signal, sys, textwrap, threading, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -307,15 +308,23 @@ def _warn_if_alone():
                        "--cpu. Use: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N -m ...", file=sys.stderr)
     return launched
 
+# %% ../nbs/01_run.ipynb #17063c39
+def _is_set(name: str) -> bool: return os.environ.get(name, "false").lower() == "true"
+
+def shards() -> bool:
+    "Whether the launch asks for the weights to be spread over the processes (accelerate's FSDP)."
+    return _is_set("ACCELERATE_USE_FSDP")
+
 # %% ../nbs/01_run.ipynb #eb90929c
 def start_processes():
     """accelerate's `Accelerator`. Joins the other processes of the launch, if there are any; a second call changes nothing.
 
-    Raises `UserError` if the launch wants to spread the weights over the processes: no checkpoint here could hold them."""
+    Raises `UserError` if the launch wants DeepSpeed or the first version of FSDP: weights are spread by FSDP2 only."""
     from accelerate import Accelerator
-    for name in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
-            raise UserError(f"{name} is not supported yet: weights must be whole in each process, as in configs/accelerate/ddp_8.yaml")
+    if _is_set("ACCELERATE_USE_DEEPSPEED") or shards() and os.environ.get("FSDP_VERSION") != "2":
+        raise UserError("weights can be spread by FSDP2 only: launch with configs/accelerate/fsdp2_8.yaml, or ddp_8.yaml to keep them whole")
+    if _is_set("FSDP_ACTIVATION_CHECKPOINTING"):
+        raise UserError("fsdp_activation_checkpointing is not read: leave it out, and give --STAGE.activation_checkpointing true")
     _warn_if_alone()
     return Accelerator()
 
@@ -335,14 +344,79 @@ def wait_for_all():
     sum_over_processes(torch.zeros(1))
 
 # %% ../nbs/01_run.ipynb #723938e5
-def my_share(count: int) -> range:
-    "Indices of the items, of `count`, that are this process's to do."
+def my_share(count: int, evenly: bool = False) -> range:
+    "Indices of the items, of `count`, that are this process's to do; `evenly`: as many in all, some of them beyond `count`."
     rank, total = processes()
-    return range(rank, count, total)
+    return range(rank, math.ceil(count / total) * total if evenly else count, total)
+
+# %% ../nbs/01_run.ipynb #cdb3e41f
+def blocks(module: nn.Module) -> list[nn.Module]:
+    "The repeated blocks: children of the outermost `ModuleList`s. What FSDP gathers one at a time, and checkpointing recomputes."
+    if isinstance(module, nn.ModuleList): return [block for block in module if block is not None]
+    return [block for child in module.children() for block in blocks(child)]
+
+# %% ../nbs/01_run.ipynb #937f3e7d
+def place(accelerator, module: nn.Module) -> nn.Module:
+    """`module` on this process's device: all of it, or its slices if the launch `shards`. Call it before an optimiser is made.
+
+    Sharded, all processes must call the module equally often."""
+    if not shards() or processes()[1] == 1: return module.to(accelerator.device)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    mesh = init_device_mesh(accelerator.device.type, (processes()[1],))
+    for part in [*blocks(module), module]:
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+        # each process computes its share of a sum: nothing is to be averaged (and gloo knows no factors)
+        part.set_gradient_divide_factor(1.0), part.set_force_sum_reduction_for_comms(True)
+    return module
+
+# %% ../nbs/01_run.ipynb #80204374
+def is_sharded(what) -> bool:
+    "Whether a tensor, module or (nested) state dict is spread over the processes."
+    if isinstance(what, nn.Module): return any(map(is_sharded, what.parameters()))
+    if isinstance(what, dict): return any(map(is_sharded, what.values()))
+    return hasattr(what, "full_tensor")          # a DTensor, whose class takes long to import
+
+# %% ../nbs/01_run.ipynb #040f00d6
+@torch.no_grad()
+def gathered(state: dict) -> dict:
+    """`state`, or if it is sharded its whole tensors, one after the other, on the CPU of the first process; {} in the others.
+
+    All processes must call it."""
+    if not is_sharded(state): return state
+    whole = {}
+    for key, value in state.items():
+        value = value.full_tensor() if is_sharded(value) else value
+        if is_main(): whole[key] = value.cpu()
+    return whole
+
+# %% ../nbs/01_run.ipynb #3f5462bc
+class ShardedOptimizer:
+    "An optimiser over the slices of `module`. Raises `UserError` for Muon."
+    def __init__(self, module: nn.Module, optimizer):
+        if not isinstance(optimizer, torch.optim.AdamW): raise UserError("Muon needs whole matrices, and these are sharded: use adamw")
+        self.module, self.optimizer = module, optimizer
+        # a checkpoint is read into what is there already, so all of it must be, also for weights that never get a gradient
+        for p in (p for group in self.param_groups for p in group["params"]):
+            optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+
+    @property
+    def param_groups(self) -> list: return self.optimizer.param_groups
+    def step(self): self.optimizer.step()
+    def zero_grad(self): self.optimizer.zero_grad()
+
+    def state_dict(self) -> dict:
+        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+        return get_optimizer_state_dict(self.module, self.optimizer)
+
+    def load_state_dict(self, state: dict):
+        from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+        set_optimizer_state_dict(self.module, self.optimizer, state)
 
 # %% ../nbs/01_run.ipynb #f4a3ffd8
 def prepare(accelerator, module: nn.Module, optimizer) -> tuple:
     "`module` on its device and `optimizer`, ready for `train_step`. No wrapper is needed: `sum_gradients` does its work."
+    if is_sharded(module): return module, ShardedOptimizer(module, optimizer)
     return module.to(accelerator.device), accelerator.prepare(optimizer)
 
 # %% ../nbs/01_run.ipynb #14c9383f
@@ -359,7 +433,7 @@ def _buckets(tensors: list, size: int = 2**25):
 def sum_gradients(parameters):
     "Replace the gradients of `parameters` by their sums over all processes."
     parameters = [p for p in parameters if p.requires_grad]
-    if processes()[1] == 1: return
+    if processes()[1] == 1 or any(map(is_sharded, parameters)): return      # FSDP has summed them
     used = sum_over_processes(torch.tensor([p.grad is not None for p in parameters])).tolist()
     for bucket in _buckets([p for p, has in zip(parameters, used) if has]):
         for p in bucket: p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -404,7 +478,8 @@ def fast_precision(device, enabled: bool = True):
     device, choice = torch.device(device), os.environ.get("WMPO_PRECISION", "auto")
     fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
     if choice != "auto": fast = choice == "bf16"
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and fast)
+    # its cache would keep the copies of a whole sharded network
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and fast, cache_enabled=not shards())
 
 # %% ../nbs/01_run.ipynb #b6d8ed3d
 class Diverged(UserError, RuntimeError):
@@ -428,10 +503,16 @@ def check_finite(loss: float, step: int, checkpointer=None, explosion: float = 1
     share = 1 / min(count + 1, 50)
     checkpointer.extra["usual_loss"] = [usual + share * (abs(loss) - usual), count + 1]
 
+# %% ../nbs/01_run.ipynb #b0d37e57
+def clip_gradients(parameters, limit: float | None) -> float:
+    "Scale the gradients down to a joint norm of `limit` (None or 0: leave them); the norm before, also of sharded ones."
+    norm = nn.utils.clip_grad_norm_(list(parameters), limit or math.inf)
+    return float(norm.full_tensor() if is_sharded(norm) else norm)
+
 # %% ../nbs/01_run.ipynb #5c0389c2
 def _apply_gradients(accelerator, model, optimizer, step: int, config, checkpointer) -> float:
     "Clip, and take the step; returns the norm before clipping."
-    norm = float(accelerator.clip_grad_norm_(model.parameters(), getattr(config, "grad_clip", None) or math.inf))
+    norm = clip_gradients(model.parameters(), getattr(config, "grad_clip", None))
     if not math.isfinite(norm): raise Diverged(f"the gradient's norm is {norm} at step {step}. {_last_good(checkpointer)}")
     for group in optimizer.param_groups: group["lr"] = group["initial_lr"] * _schedule(step, config)
     optimizer.step()
@@ -447,6 +528,15 @@ def optimizer_step(accelerator, loss, model, optimizer, step: int, config, check
     optimizer.zero_grad()
     accelerator.backward(loss)
     return _apply_gradients(accelerator, model, optimizer, step, config, checkpointer)
+
+# %% ../nbs/01_run.ipynb #c0644740
+def checkpoint_blocks(module: nn.Module, enabled: bool = True) -> nn.Module:
+    "`module`, which from now on keeps only the inputs of each of its `blocks` for the backward pass, if `enabled`."
+    from torch.utils.checkpoint import checkpoint
+    for block in blocks(module) if enabled else ():
+        if "forward" in vars(block): continue          # done before
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    return module
 
 # %% ../nbs/01_run.ipynb #f40e8f9c
 def _my_parts(batch: tuple, accelerator) -> list:
@@ -528,14 +618,43 @@ class Checkpointer:
         if asked or self.every and step % self.every == 0: self.save(step)
         if asked: stop(f"checkpoint {self.folder}/step_{step:06d} is written")
 
+# %% ../nbs/01_run.ipynb #eae6793c
+@patch
+def _states(self: Checkpointer) -> dict:
+    "The state of each registered object."
+    return {name: o.get_state() if isinstance(o, torch.Generator) else o.state_dict() for name, o in self.objects.items()}
+
+@patch
+def _sharded(self: Checkpointer) -> bool: return any(isinstance(o, ShardedOptimizer) for o in self.objects.values())
+
+# %% ../nbs/01_run.ipynb #d4eaea62
+def _shard_errors(function, *arguments, **options):
+    "Call one of `torch.distributed.checkpoint`'s functions; what fails in any process becomes an `OSError` in all."
+    from torch.distributed.checkpoint.api import CheckpointException
+    try: function(*arguments, **options)
+    except CheckpointException as error:
+        first = next(iter(error.failures.values()))[0]
+        raise OSError(getattr(first, "errno", None), getattr(first, "strerror", None) or str(first).splitlines()[0]) from None
+
+def _save_shards(folder: Path, states: dict):
+    from torch.distributed.checkpoint import save
+    _shard_errors(save, states, checkpoint_id=folder)
+
+def _load_shards(folder: Path, states: dict):
+    "Read into the tensors of `states`, nested dictionaries, this process's slices of them."
+    from torch.distributed.checkpoint import load
+    _shard_errors(load, states, checkpoint_id=folder)
+
 # %% ../nbs/01_run.ipynb #c7244cef
 @patch
 def _write(self: Checkpointer, folder: Path, step: int):
     "Write everything into `folder` and return once the disk has it."
-    objects = {name: o.get_state() if isinstance(o, torch.Generator) else o.state_dict()
-               for name, o in self.objects.items()}
-    folder.mkdir(parents=True)
-    torch.save({"step": step, "random": _random_state(), "objects": objects}, folder/"state.pt")
+    states = self._states()
+    sharded = {name: states.pop(name) for name in list(states) if is_sharded(states[name])}
+    if sharded: _save_shards(folder/"shards", sharded)
+    if not is_main(): return
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save({"step": step, "random": _random_state(), "objects": states}, folder/"state.pt")
     (folder/"extra.json").write_text(json.dumps(self.extra))
     for path in (folder/"state.pt", folder/"extra.json", folder): _fsync(path)
 
@@ -548,25 +667,43 @@ def _cannot_write(self: Checkpointer, error) -> UserError:
     return UserError(f"cannot write a checkpoint to {self.folder} ({reason}; {free:.0f} MB free). Last good checkpoint: "
                      f"{saved[-1] if saved else 'none'}. Make room, then go on with --resume")
 
+# %% ../nbs/01_run.ipynb #01ba2558
+@patch
+def _publish(self: Checkpointer, temporary: Path, final: Path):
+    "Give a complete checkpoint its name, and remove the oldest ones."
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    _fsync(self.folder)
+    for old in self.saved()[:-self.keep]: shutil.rmtree(old)
+
 # %% ../nbs/01_run.ipynb #23b9d292
 @patch
 def save(self: Checkpointer, step: int):
     "Write the checkpoint of `step` and remove the oldest ones. Raises `UserError` if it cannot; older ones are untouched."
-    if not is_main(): return
+    if not is_main() and not self._sharded(): return
     if self.written and not self.folder.is_dir():
         raise UserError(f"{self.folder} was deleted while the run was writing to it: its checkpoints are gone. Start again")
     final = self.folder/f"step_{step:06d}"
     temporary = final.with_suffix(".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    if is_main(): shutil.rmtree(temporary, ignore_errors=True)
+    if self._sharded(): wait_for_all()
     try: self._write(temporary, step)
     except (OSError, RuntimeError) as error:            # torch reports a full disk as a RuntimeError
-        shutil.rmtree(temporary, ignore_errors=True)
+        if is_main(): shutil.rmtree(temporary, ignore_errors=True)
         raise self._cannot_write(error) from None
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
-    _fsync(self.folder)
+    if is_main(): self._publish(temporary, final)
+    if self._sharded(): wait_for_all()
     self.written = True
-    for old in self.saved()[:-self.keep]: shutil.rmtree(old)
+
+# %% ../nbs/01_run.ipynb #b4d5c269
+@patch
+def _read_shards(self: Checkpointer, path: Path) -> dict:
+    "The sharded part of the checkpoint `path` by object; none of a whole one. `UserError` if it was written the other way."
+    if (path/"shards").is_dir() != self._sharded():
+        raise UserError(f"{path} was written {'without' if self._sharded() else 'with'} sharding: resume it as it was launched")
+    states = {name: state for name, state in self._states().items() if is_sharded(state)} if self._sharded() else {}
+    if states: _load_shards(path/"shards", states)
+    return states
 
 # %% ../nbs/01_run.ipynb #637fb5e8
 @patch
@@ -576,6 +713,7 @@ def restore(self: Checkpointer) -> int:
         try:
             state = torch.load(path/"state.pt", map_location="cpu", weights_only=True)
             self.extra = json.loads((path/"extra.json").read_text())
+            state["objects"] |= self._read_shards(path)
         except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
             print(f"skipping the damaged checkpoint {path}", file=sys.stderr)
             continue
@@ -662,6 +800,14 @@ def _first_difference(old: dict, new: dict, path: str = "") -> str | None:
         if found: return found
     return None
 
+# %% ../nbs/01_run.ipynb #9629f2ab
+def _completed(old: dict) -> dict:
+    "A run's config.json with the fields of the preset that are younger than the run, at what it did without them."
+    def fill(record, default):
+        return {key: fill(record.get(key, {}), value) if isinstance(value, dict) else record.get(key, value) for key, value in default.items()} | \
+               {key: value for key, value in record.items() if key not in default}
+    return old | {"preset": fill(old.get("preset", {}), Preset().to_dict())}
+
 # %% ../nbs/01_run.ipynb #770f201f
 def _number(value):
     "A metric as JSON can hold it: a float, or None where it is not finite; a list of them for a histogram's counts."
@@ -723,7 +869,7 @@ def _claim(self: Run, config: dict, resume: bool):
     try:
         if path.exists() and not resume:
             raise UserError(f"{self.folder} already holds a run: add --resume to go on, or choose another --output")
-        difference = _first_difference(json.loads(path.read_text()), config) if path.exists() else None
+        difference = _first_difference(_completed(json.loads(path.read_text())), config) if path.exists() else None
         if difference: raise UserError(f"cannot resume {self.folder}: {difference}. Choose another --output")
         self._write("config.json", config)
     except OSError as error:
@@ -770,6 +916,20 @@ def rewind(self: Run, stage: str, step: int):
     with atomic_write(self.folder/"metrics.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(e) + "\n" for e in kept))
     self._writer(stage, purge_step=step)
+
+# %% ../nbs/01_run.ipynb #3f826021
+@patch
+def film(self: Run, stage: str, step: int, pictures: list, milliseconds: int = 100):
+    "Write `pictures`, uint8 [H, W, 3] each, to videos/STAGE_STEP.gif, and show them in TensorBoard."
+    if not is_main(): return
+    from PIL import Image
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    buffer, images = io.BytesIO(), [Image.fromarray(picture) for picture in pictures]
+    images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], duration=milliseconds, loop=0)
+    with atomic_write(self.folder/"videos"/f"{stage}_{step:06d}.gif") as temporary: temporary.write_bytes(buffer.getvalue())
+    # its own `add_video` wants one more package for the same bytes
+    shown = Summary.Image(height=images[0].height, width=images[0].width, colorspace=3, encoded_image_string=buffer.getvalue())
+    self._writer(stage).file_writer.add_summary(Summary(value=[Summary.Value(tag="film", image=shown)]), step)
 
 # %% ../nbs/01_run.ipynb #d57181dc
 @patch
@@ -854,8 +1014,9 @@ def _overrides(rest: list[str], options: list[str]) -> dict:
     return overrides
 
 # %% ../nbs/01_run.ipynb #98cbf60f
-def parse_preset(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> tuple[argparse.Namespace, Preset]:
-    """(arguments, preset with the overrides). Raises `UserError` on an unknown preset, option, field or value.
+def parse_preset(parser: argparse.ArgumentParser, argv: list[str] | None = None, can_shard: bool = False) -> tuple[argparse.Namespace, Preset]:
+    """(arguments, preset with the overrides). Raises `UserError` on an unknown preset, option, field or value, and on a launch
+    that wants sharding from a command that cannot.
 
     `--dry-run` prints the estimate of notebook 22 and raises `SystemExit`; it needs none of the other options."""
     words = sys.argv[1:] if argv is None else argv
@@ -866,6 +1027,8 @@ def parse_preset(parser: argparse.ArgumentParser, argv: list[str] | None = None)
     preset = load_preset(args.preset, _overrides(rest, options))
     # loaded by name and only when asked: the estimate knows every network, and this room knows none
     if getattr(args, "dry_run", False): sys.exit(import_module("wmpo_nb.estimate").dry_run(parser.prog, args, preset))
+    if shards() and not can_shard:
+        raise UserError(f"{parser.prog} keeps whole weights in each process: launch it with configs/accelerate/ddp_8.yaml")
     _set_environment(args)
     return args, preset
 

@@ -9,11 +9,11 @@ import sys
 import torch
 
 # %% ../nbs/05_sft.ipynb #66960fa7
-from .policy import OpenVLAOFT, action_ids, load_policy, policy_images, save_trained, tokenize_actions
-from .presets import SFTConfig
-from wmpo_nb.run import (
-    EMA, Checkpointer, command, is_main, make_optimizer, open_run, parse_preset, prepare, preset_parser, progress, start_processes,
-    train_step)
+from .policy import (OpenVLAOFT, action_ids, load_policy, policy_images, prepare_policy, save_trained, tokenize_actions,
+                            trained_part)
+from .presets import SFTConfig, UserError
+from .run import (
+    EMA, Checkpointer, command, is_main, open_run, parse_preset, preset_parser, progress, start_processes, train_step)
 from .trajectory import ActionStats, TrajectoryBatch, read_shards, window_starts
 
 # %% ../nbs/05_sft.ipynb #899e1dca
@@ -61,16 +61,16 @@ def shift_images(images: torch.Tensor, shift: int, generator: torch.Generator) -
 # %% ../nbs/05_sft.ipynb #fc2fbe59
 def train_sft(policy: OpenVLAOFT, frames: torch.Tensor, chunks: torch.Tensor, config: SFTConfig, *, seed: int = 0,
               checkpointer: Checkpointer | None = None, log=None) -> OpenVLAOFT:
-    """Clone `chunks` float32 [N, 8, 7] (normalised) from `frames` uint8 [N, H, W, 3]; the policy gets the averaged weights.
+    """Clone `chunks` float32 [N, 8, 7] (normalised) from `frames` uint8 [N, H, W, 3]; the policy gets averaged weights (or adapters).
 
     `log(step, **numbers)` is called every `config.log_every` steps. With a `checkpointer` it goes on where it stopped."""
     accelerator, generator = start_processes(), torch.Generator().manual_seed(seed)
-    images = policy_images(frames, policy.config)
-    tokens = tokenize_actions(chunks, policy.config)
-    model, optimizer = prepare(accelerator, policy, make_optimizer(policy.named_parameters(), config))
-    ema, start = EMA(policy, config.ema), 0
+    images, tokens = policy_images(frames, policy.config), tokenize_actions(chunks, policy.config)
+    model, optimizer = prepare_policy(accelerator, policy, config, seed)
+    trained = trained_part(policy)
+    ema, start = EMA(trained, config.ema), 0
     targets = smoothed_targets(policy.config.bins, config.label_sigma).to(policy.device)
-    if checkpointer: start = checkpointer.register(policy=policy, optimizer=optimizer, ema=ema, generator=generator).restore()
+    if checkpointer: start = checkpointer.register(policy=trained, optimizer=optimizer, ema=ema, generator=generator).restore()
     def loss_of(images, tokens):
         with policy.autocast(): logits = model(*policy.inputs(images))[..., action_ids(policy.config)]
         return {"loss": imitation_loss(logits, tokens.to(logits.device), targets, action_ids(policy.config).start)}
@@ -78,10 +78,10 @@ def train_sft(policy: OpenVLAOFT, frames: torch.Tensor, chunks: torch.Tensor, co
         chosen = torch.randint(len(images), (config.batch_size,), generator=generator)
         batch = shift_images(images[chosen], config.image_shift, generator), tokens[chosen]
         terms = train_step(accelerator, loss_of, batch, model, optimizer, step, config, checkpointer)
-        ema.update(policy)
+        ema.update(trained)
         if log and step % config.log_every == 0: log(step, **terms)
         if checkpointer: checkpointer.maybe_save(step + 1)
-    ema.copy_to(policy)
+    ema.copy_to(trained)
     return policy
 
 # %% ../nbs/05_sft.ipynb #b7da9bb6
@@ -98,7 +98,8 @@ def _parser():
 @command
 def main(argv=None):
     "Console script `wmpo-sft`: clone the demonstrations in a folder of shards."
-    args, preset = parse_preset(_parser(), argv)
+    args, preset = parse_preset(_parser(), argv, can_shard=True)
+    if preset.sft.lora_rank and not args.start: raise UserError("--sft.lora_rank puts adapters beside a trained policy: name it with --start")
     batch = read_shards(args.data)
     executed = torch.cat([actions[:length] for actions, length in zip(batch.actions, batch.length)])
     torch.manual_seed(args.seed)
@@ -110,10 +111,9 @@ def main(argv=None):
         train_sft(policy, frames, chunks, preset.sft, seed=args.seed, log=lambda step, **numbers: run.log("sft", step, **numbers),
                   checkpointer=run.checkpointer(preset.sft.checkpoint_every))
     run.close()
-    if is_main():
-        folder = run.folder / "policy"
-        save_trained(folder, policy, args.start, args.stats) if args.start else policy.save_pretrained(folder)
-        print(f"policy written to {folder}")
+    folder = run.folder / "policy"
+    save_trained(folder, policy, args.start, args.stats) if args.start else policy.save_pretrained(folder)
+    if is_main(): print(f"policy written to {folder}")
 
 # %% ../nbs/05_sft.ipynb #12c35478
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

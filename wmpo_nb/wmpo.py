@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['mix_seed', 'draw_states', 'NothingToLearn', 'decision_frames', 'try_states', 'gather', 'forward_passes',
-           'token_statistics', 'kl_to_start', 'update', 'Waiting', 'train_wmpo', 'dream_starts', 'main']
+           'token_statistics', 'kl_to_start', 'update', 'Waiting', 'film_strip', 'Filmed', 'WithoutAdapters',
+           'train_wmpo', 'dream_starts', 'main']
 
 # %% ../nbs/14_wmpo.ipynb #d59f5307
 import math, resource, sys, time
@@ -18,10 +19,10 @@ from torch import Tensor
 # %% ../nbs/14_wmpo.ipynb #35926398
 from .grpo import (action_mask, advantages, keep_groups, success_rewards, token_weights,
                           weighted_policy_loss)
-from .policy import load_policy, save_trained
+from .policy import adapters_off, load_policy, prepare_policy, save_trained, trained_part
 from .presets import GRPOConfig, UserError, seeds_for
-from .run import (Checkpointer, Diverged, Run, Stopped, command, is_main, make_optimizer, my_share, open_run, parse_preset,
-                         prepare, preset_parser, processes, progress, start_processes, stop_if_asked, sum_gradients, sum_over_processes)
+from .run import (Checkpointer, Diverged, Run, Stopped, clip_gradients, command, is_main, my_share, open_run, parse_preset,
+                         place, preset_parser, processes, progress, start_processes, stop_if_asked, sum_gradients, sum_over_processes)
 from .trajectory import InitialState, TrainablePolicy, TrajectoryBatch, World, load_first_frames, read_shards, rollout
 
 # %% ../nbs/14_wmpo.ipynb #c0f4a2c8
@@ -56,8 +57,8 @@ def decision_frames(batch: TrajectoryBatch) -> TrajectoryBatch:
 # %% ../nbs/14_wmpo.ipynb #d239371e
 def _my_blocks(policy, world, blocks: list, config: GRPOConfig, **options) -> dict:
     "Block number to trajectories, of the blocks of states that are this process's."
-    (rank, total), tried = processes(), {}
-    for i in range(rank, math.ceil(len(blocks) / total) * total, total):
+    tried = {}
+    for i in my_share(len(blocks), evenly=True):
         stop_if_asked("the state before this iteration is saved")
         batch = rollout(policy, world, blocks[min(i, len(blocks) - 1)], group_size=config.group_size, **options)
         tried[i] = decision_frames(batch)
@@ -158,20 +159,22 @@ def kl_to_start(log_probs: Tensor, start: Tensor) -> Tensor:
 # %% ../nbs/14_wmpo.ipynb #44e4e9cc
 def _prepare(policy, batch: TrajectoryBatch, config: GRPOConfig, temperature: float, stale: int = 0, start=None) -> list[list[tuple]]:
     """For each mini-batch this process's passes: pairs [n, 2], old log-probabilities [n, 56], advantages [n], weights [n, 56]
-    and the KL to the `start` policy [n, 56]. The first `stale` trajectories keep the probabilities they were made with."""
+    and the KL to the `start` policy [n, 56]. The first `stale` trajectories keep the probabilities they were made with.
+    All processes get as many passes: some repeat one, with weights of zero."""
     chunk = batch.actions.shape[1] // batch.tokens.shape[1]
     mask = action_mask(batch.finish_step, batch.tokens.shape[1], chunk, batch.actions.shape[2])
     weights = torch.cat([token_weights(part) for part in mask.split(config.mini_batch)])
     scores = advantages(success_rewards(batch.success), config.group_size)
-    def one(pairs):
+    def one(pairs, counts: bool):
         now, _ = token_statistics(policy, batch, pairs, temperature)
         kl = kl_to_start(now, token_statistics(start, batch, pairs, temperature)[0]) if start is not None else torch.zeros_like(now)
         made = batch.log_probs[pairs[:, 0], pairs[:, 1]].to(now.device)
         old = torch.where((pairs[:, :1] < stale).to(now.device), made, now)
-        return pairs, old, scores[pairs[:, 0]].to(old.device), weights[pairs[:, 0], pairs[:, 1]].to(old.device), kl
+        return pairs, old, scores[pairs[:, 0]].to(old.device), counts * weights[pairs[:, 0], pairs[:, 1]].to(old.device), kl
     policy.eval()
     with torch.no_grad():
-        return [[one(passes[i]) for i in my_share(len(passes))] for passes in forward_passes(mask, config)]
+        return [[one(passes[min(i, len(passes) - 1)], i < len(passes)) for i in my_share(len(passes), evenly=True)]
+                for passes in forward_passes(mask, config)]
 
 # %% ../nbs/14_wmpo.ipynb #a47b3fec
 _LOGGED = ("loss", "clip_fraction", "approx_kl", "entropy", "start_kl")
@@ -201,7 +204,7 @@ def update(policy, optimizer, batch: TrajectoryBatch, config: GRPOConfig, *, tem
     for passes in steps:
         optimizer.zero_grad()
         totals.append(_backward(policy, batch, passes, config, temperature, accelerator))
-        norms.append(float(accelerator.clip_grad_norm_(policy.parameters(), config.grad_clip or math.inf)))
+        norms.append(clip_gradients(policy.parameters(), config.grad_clip))
         if not math.isfinite(norms[-1] + float(totals[-1].sum())):
             raise FloatingPointError("the loss or its gradient is not finite")
         optimizer.step()
@@ -224,6 +227,33 @@ def _restore(checkpointer, run, **objects) -> int:
     start = checkpointer.register(**objects).restore()
     if run: run.rewind("grpo", start)
     return start
+
+# %% ../nbs/14_wmpo.ipynb #6562dd63
+def film_strip(batch: TrajectoryBatch, longest: int = 64, side: int = 128) -> list[np.ndarray]:
+    """Pictures uint8 [h, B * w, 3] of the trajectories of `batch` side by side, framed in green from success on, in red where
+    there was none at the end. At most `longest` pictures, and `side` pixels each way for a trajectory."""
+    total, height = batch.frames.shape[1:3]
+    skip, thin = math.ceil(total / longest), math.ceil(height / side)
+    times = torch.arange(total - 1, -1, -skip).flip(0)                    # the last one is always shown
+    frames = batch.frames[:, times, ::thin, ::thin]
+    over = times * (batch.actions.shape[1] // (total - 1)) >= batch.finish_step[:, None]
+    strip = torch.full((*frames.shape[:2], frames.shape[2] + 4, frames.shape[3] + 4, 3), 128, dtype=torch.uint8)
+    strip[over & batch.success[:, None]] = torch.tensor([0, 160, 0], dtype=torch.uint8)
+    strip[over & ~batch.success[:, None]] = torch.tensor([200, 0, 0], dtype=torch.uint8)
+    strip[:, :, 2:-2, 2:-2] = frames
+    return list(strip.permute(1, 2, 0, 3, 4).flatten(2, 3).numpy())
+
+# %% ../nbs/14_wmpo.ipynb #3b703deb
+class Filmed:
+    "`world`, which also films the first four trajectories it judges while its `film` is None."
+    def __init__(self, world): self.world, self.film = world, ()
+    def reset(self, states, streams): return self.world.reset(states, streams)
+    def step(self, actions): return self.world.step(actions)
+
+    def judge(self, batch):
+        batch = self.world.judge(batch)
+        if self.film is None: self.film = film_strip(batch[:4])
+        return batch
 
 # %% ../nbs/14_wmpo.ipynb #0046e36c
 def _memory() -> float:
@@ -254,29 +284,41 @@ def _improve(*arguments, checkpointer, iteration, **options) -> dict:
                        "Try a smaller learning rate") from None
 
 # %% ../nbs/14_wmpo.ipynb #507af7cd
-def _start_policy(policy, config: GRPOConfig):
-    "A frozen copy of the policy to measure the distance from, or None."
-    return deepcopy(policy).eval().requires_grad_(False) if config.start_kl else None
+class WithoutAdapters:
+    "The policy that training with adapters started from: the same network without them."
+    def __init__(self, policy): self.policy = policy
+
+    def log_probs_and_entropy(self, *arguments):
+        with adapters_off(self.policy): return self.policy.log_probs_and_entropy(*arguments)
+
+
+def _start_policy(policy, config: GRPOConfig, accelerator):
+    "What to measure the distance from: a frozen copy of the policy, the policy without its adapters, or None."
+    if not config.start_kl: return None
+    return WithoutAdapters(policy) if config.lora_rank else place(accelerator, deepcopy(policy).eval().requires_grad_(False))
 
 # %% ../nbs/14_wmpo.ipynb #ee22423c
 def train_wmpo(policy: TrainablePolicy, world: World, states: list[InitialState], config: GRPOConfig, *, chunks: int, temperature: float,
                seed: int = 0, checkpointer: Checkpointer | None = None, log=None, run: Run | None = None):
-    """Improve `policy` in `world`, starting from `states` (paper, Algorithm 1); returns it, changed in place.
+    """Improve `policy`, or with `config.lora_rank` adapters of it, in `world`, starting from `states` (paper, Algorithm 1);
+    returns it, changed in place.
 
     `log(iteration, **numbers)` is called once per iteration; by default it is `run.log`. With a `checkpointer` it goes on where
     it stopped, with the same result. Several processes share the work, with the same result but for rounding. Raises
     `NothingToLearn`, `Diverged` on numbers not finite, `Stopped` on SIGTERM."""
-    accelerator, waiting = start_processes(), Waiting()
-    start = _start_policy(policy.to(accelerator.device), config)
-    policy, optimizer = prepare(accelerator, policy, make_optimizer(policy.named_parameters(), config))
+    accelerator, waiting, world = start_processes(), Waiting(), Filmed(world)
+    start = _start_policy(policy, config, accelerator)
+    policy, optimizer = prepare_policy(accelerator, policy, config, seed)
     if run and log is None: log = lambda iteration, **numbers: run.log("grpo", iteration, **numbers)
-    first = _restore(checkpointer, run, policy=policy, optimizer=optimizer, waiting=waiting)
+    first = _restore(checkpointer, run, policy=trained_part(policy), optimizer=optimizer, waiting=waiting)
     for iteration in progress(config.iterations, "grpo", first):
+        world.film = None if run and config.videos_every and iteration % config.videos_every == 0 else ()
         numbers = _improve(policy, optimizer, world, states, config, waiting, chunks=chunks, temperature=temperature,
                            seed=mix_seed(seed, iteration), checkpointer=checkpointer, iteration=iteration,
                            accelerator=accelerator, start=start)
         if run: run.ledger.add(optimiser_steps=numbers["optimiser_steps"])
         if log: log(iteration, **numbers)
+        if world.film: run.film("grpo", iteration, world.film)
         if checkpointer: checkpointer.maybe_save(iteration + 1)
     return policy.eval()
 
@@ -319,11 +361,17 @@ def _parser():
     parser.add_argument("--data", metavar="DIR", help="where dreams begin: collected trajectories (*.tar), or first frames (*.png)")
     return parser
 
+# %% ../nbs/14_wmpo.ipynb #a8f2c001
+def _spent(world: str, numbers: dict) -> dict:
+    "What an iteration's `numbers` cost, for the ledger."
+    if world == "dream": return {"imagined_frames": numbers["frames"]}
+    return {"simulator_steps": numbers["frames"], "real_trajectories": numbers["trajectories"]}
+
 # %% ../nbs/14_wmpo.ipynb #0a4e9fc0
 @command
 def main(argv=None):
     "Console script `wmpo-train`: load and check everything, run the loop, write the policy."
-    args, preset = parse_preset(_parser(), argv)
+    args, preset = parse_preset(_parser(), argv, can_shard=True)
     policy = load_policy(args.policy, preset, args.stats)
     if args.world == "dream": world, states = _dream(args, preset, policy.stats)
     else:
@@ -331,17 +379,16 @@ def main(argv=None):
         seeds = seeds_for("collection", preset.collect.trajectories, args.seed)
         world, states = Simulator(preset.task), [InitialState(seed, None) for seed in seeds]
     run = open_run(args, preset, f"wmpo-train --world {args.world}")
-    count = "imagined_frames" if args.world == "dream" else "simulator_steps"
     def log(iteration, **numbers):
-        run.ledger.add(**{count: numbers["frames"]})
-        run.log("grpo", iteration, **numbers)
+        spent = _spent(args.world, numbers)
+        run.ledger.add(**spent)
+        run.log("grpo", iteration, **numbers, **{f"total_{name}": getattr(run.ledger, name) for name in spent})
     checkpointer = run.checkpointer(preset.grpo.checkpoint_every)
     with run.stage("grpo"):
         train_wmpo(policy, world, states, preset.grpo, chunks=preset.task.chunks, seed=args.seed, run=run, log=log,
                    temperature=preset.collect.temperature, checkpointer=checkpointer)
-    if is_main():
-        save_trained(run.folder / "policy", policy, args.policy, args.stats)
-        print(f"policy written to {run.folder / 'policy'}")
+    save_trained(run.folder / "policy", policy, args.policy, args.stats)
+    if is_main(): print(f"policy written to {run.folder / 'policy'}")
     run.close()
 
 # %% ../nbs/14_wmpo.ipynb #157162e9

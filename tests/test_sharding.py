@@ -1,0 +1,101 @@
+"One copy of the policy spread over two processes (FSDP2 on the CPU): the same results, and nobody ever holds it whole."
+
+import cluster_work
+import pytest
+import sharding_work
+import soak
+import torch
+from test_cluster import ROOT, accelerate
+from torch.distributed.checkpoint import FileSystemReader
+
+from wmpo_nb.policy import OpenVLAOFT
+from wmpo_nb.presets import UserError
+
+
+def launch(folder, task, processes=2):
+    "The `task` of `sharding_work.py` on `folder`, in so many processes that share one copy of the weights."
+    run = accelerate("--config_file", ROOT / "configs/accelerate/fsdp2_cpu_2.yaml", "--main_process_port", 0, "--num_processes", processes,
+                     sharding_work.__file__, folder, task, ACCELERATE_USE_CPU="true")
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    "What one process with whole weights has found and what each of two with half of them, and the folder of the two."
+    alone, two = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("two")
+    launch(two, "work")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WMPO_PRECISION", "fp32")
+        history = []
+        whole = {"policy": cluster_work.practise(alone / "whole", 3, history), "sft": cluster_work.weights(sharding_work.clone(alone / "sft", 4)),
+                 "adapters": cluster_work.practise(alone / "adapters", 2, **sharding_work.FRUGAL), "history": history}
+    return whole, [torch.load(two / f"found_{rank}.pt", weights_only=True) for rank in (0, 1)], two
+
+
+def test_each_process_holds_half(found):
+    for each in found[1]:
+        held, total = each["held"]
+        assert each["processes"] == 2 and 0.4 * total < held < 0.6 * total
+
+
+@pytest.mark.parametrize("stage", ["policy", "sft", "adapters"])
+def test_sharded_processes_learn_the_same(found, stage):
+    alone, two, _ = found
+    assert torch.equal(two[0][stage], two[1][stage])
+    torch.testing.assert_close(two[0][stage], alone[stage], atol=1e-5, rtol=0)
+    assert two[0]["history"][0]["grad_norm"] == pytest.approx(alone["history"][0]["grad_norm"], rel=1e-4), "clipped by the norm of all slices"
+
+
+def test_a_sharded_run_is_resumed_to_the_same_bits(found):
+    for each in found[1]:
+        assert torch.equal(each["policy"], each["resumed"]) and torch.equal(each["sft"], each["sft_resumed"])
+
+
+def test_checkpoints_hold_slices_and_no_whole(found):
+    folder = found[2]
+    for name in ("whole", "sft"):
+        newest = sorted((folder / name).glob("step_*"))[-1]
+        slices = sorted((newest / "shards").glob("*.distcp"))
+        assert len(slices) == 2 and min(path.stat().st_size for path in slices) > 0.8 * max(path.stat().st_size for path in slices)
+        assert "policy" not in torch.load(newest / "state.pt", weights_only=True)["objects"]
+        assert len(list((folder / name).glob("step_*"))) == 2 and not list((folder / name).glob("*.tmp")), "pruned, and complete"
+    adapters = FileSystemReader(sorted((folder / "adapters").glob("step_*"))[-1] / "shards").read_metadata().state_dict_metadata
+    kept = [key for key in adapters if key.startswith(("policy.", "optimizer.state."))]
+    assert kept and all(".lora_" in key for key in kept), "more than the adapters"
+
+
+def test_the_saved_policy_is_whole(found):
+    _, two, folder = found
+    policy = OpenVLAOFT.from_pretrained(folder / "policy")
+    assert torch.equal(cluster_work.weights(policy), two[0]["sft"])
+
+
+def test_a_sharded_checkpoint_is_not_taken_for_a_whole_one(found):
+    with pytest.raises(UserError, match="written with sharding.*as it was launched"): cluster_work.practise(found[2] / "whole", 3)
+
+
+def test_three_processes_go_on_with_the_slices_of_two(found, tmp_path):
+    _, two, folder = found
+    launch(folder, "resume", processes=3)
+    longer = cluster_work.practise(tmp_path, 4)
+    for rank in range(3):
+        each = torch.load(folder / f"found_{rank}.pt", weights_only=True)
+        assert torch.equal(each["read"], two[0]["policy"])
+        torch.testing.assert_close(each["longer"], longer, atol=2e-5, rtol=0)
+
+
+def test_the_command_shards_and_writes_the_same_policy(tmp_path, monkeypatch):
+    "wmpo-train in a dream of random networks, from the files to the saved policy."
+    monkeypatch.setenv("WMPO_PRECISION", "fp32")
+    soak.make_parts(tmp_path)
+    alone, two = ([*soak.command("grpo", tmp_path, tmp_path / name), "--grpo.iterations", "2"] for name in ("alone", "two"))
+    soak.finish(alone)
+    run = accelerate("--config_file", ROOT / "configs/accelerate/fsdp2_cpu_2.yaml", "--main_process_port", 0, *two[1:], ACCELERATE_USE_CPU="true")
+    assert run.returncode == 0, run.stderr[-3000:]
+    policies = [OpenVLAOFT.from_pretrained(tmp_path / name / "policy") for name in ("alone", "two")]
+    torch.testing.assert_close(*map(cluster_work.weights, policies), atol=1e-5, rtol=0)
+    assert (tmp_path / "two/videos/grpo_000000.gif").exists() and len(list((tmp_path / "two/checkpoints").glob("step_*/shards/*.distcp"))) == 4
+
+
+def test_muon_is_refused(found):
+    assert all("use adamw" in each["muon"] for each in found[1])
