@@ -243,18 +243,21 @@ def test_the_page_dreams_what_pytorch_dreams(play):
     import torch
     from wmpo_nb.demo import SHIPPED, Parts
     from wmpo_nb.presets import load_preset
+    from wmpo_nb.world_model import action_inputs
     parts = Parts(SHIPPED, load_preset("tiny_lift"))
     page = play(bypass_csp=True)                   # the policy forbids what the test needs: evaluating code in the page
     shape = page.evaluate("[1, C, K, H, W]")
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     script = """async noise => {
         const actions = spec.starts[0].actions.slice(0, K), context = Array.from(world.context);
-        const dreamt = await imagine(world.context, Float32Array.from(actions.flat()), Float32Array.from(noise));
+        const dreamt = await imagine(world.context, told(actions), Float32Array.from(noise));
         return [context, actions, Array.from(dreamt), Array.from((await decode(dreamt)).slice(0, 999))];
     }"""
     context, actions, dreamt, pixels = map(torch.tensor, page.evaluate(script, noise.flatten().tolist()))
     context, dreamt = context.view(shape[0], shape[1], -1, *shape[3:]), dreamt.view(shape)
-    want = parts.world_model().imagine(context, parts.stats.normalize(actions)[None], noise)
+    world_model = parts.world_model()
+    told = action_inputs(parts.stats.normalize(actions)[None], world_model.config.action_history)
+    want = world_model.imagine(context, told, noise)
     assert (dreamt - want).abs().max() < 1e-4 * max(1, want.abs().max())
     frames = ((parts.vae.decode_pixels(want)[0].permute(1, 2, 3, 0) * 0.5 + 0.5) * 255).clamp(0, 255)
     assert (pixels - frames.flatten()[:999]).abs().max() < 0.05

@@ -7,10 +7,11 @@ from dataclasses import fields
 import pytest
 import torch
 
+from wmpo_nb.alignment import LatentWindows, make_world_model
 from wmpo_nb.demo import SHIPPED, Parts
 from wmpo_nb.dream import Dream
 from wmpo_nb.evaluation import agreement, replay
-from wmpo_nb.presets import load_preset, seeds_for
+from wmpo_nb.presets import UserError, load_preset, seeds_for
 from wmpo_nb.reward import judge
 from wmpo_nb.simulator import Simulator, initial_states
 from wmpo_nb.trajectory import Streams, TrajectoryBatch, rollout
@@ -132,3 +133,24 @@ def test_replaying_in_the_simulator_is_reality(parts, simulator, states):
     again = replay(simulator, real)
     assert torch.equal(again.frames, real.frames) and torch.equal(again.success, real.success)
     assert agreement(real, again).psnr[1] == 100
+
+
+def test_a_dream_is_told_what_training_windows_are(parts, states, monkeypatch):
+    preset = load_preset("tiny_lift", {"world_model.action_history": "2", "stdit.action_dim": "28"})
+    world_model, told = make_world_model(preset), []
+    imagine = type(world_model).imagine
+    monkeypatch.setattr(type(world_model), "imagine", lambda self, context, actions, *rest: told.append(actions) or imagine(self, context, actions, *rest))
+    world = Dream(world_model, parts.vae, parts.classifier(), parts.stats)
+    world.reset(states, Streams(0, [state.state_id for state in states], [0] * len(states)))
+    actions = torch.rand(len(states), 16, 7) * 2 - 1
+    for chunk in actions.split(8, 1): world.step(chunk)
+    windows = LatentWindows(torch.zeros(len(states), 17, 4, 2, 2), parts.stats.normalize(actions), torch.tensor([16, 16]), preset.world_model)
+    assert len(told) == 2
+    for start, seen in zip((0, 8), told):
+        want = windows.at(torch.tensor([[b, start] for b in range(len(states))]))[1]
+        assert want.shape == (len(states), 8, 28) and torch.allclose(seen, want, atol=1e-6)
+
+
+def test_sizes_that_do_not_agree_are_refused():
+    with pytest.raises(UserError, match="stdit.action_dim 28, not 7"):
+        make_world_model(load_preset("tiny_lift", {"world_model.action_history": "2", "stdit.action_dim": "7"}))

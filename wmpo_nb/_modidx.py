@@ -1228,5 +1228,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'wmpo_nb/world_model.py'),
                                      'wmpo_nb.world_model.WorldModel.window_losses': ( 'world_model.html#worldmodel.window_losses',
                                                                                        'wmpo_nb/world_model.py'),
+                                     'wmpo_nb.world_model.action_inputs': ('world_model.html#action_inputs', 'wmpo_nb/world_model.py'),
                                      'wmpo_nb.world_model.train_world_model': ( 'world_model.html#train_world_model',
                                                                                 'wmpo_nb/world_model.py')}}}

@@ -25,18 +25,19 @@ from .run import (
 from .stdit import STDiT
 from .trajectory import ActionStats, TrajectoryBatch, load_stats, read_shards, window_frames, window_starts
 from .vae import VAE, load_vae
-from .world_model import WorldModel, train_world_model
+from .world_model import WorldModel, action_inputs, train_world_model
 
 # %% ../nbs/10_alignment.ipynb #c12c0f20
 class LatentWindows:
-    """All windows of encoded trajectories. `sample(generator, count)` -> latents [count, C, c + K, h, w] and actions [count, K, 7],
-    normalised. A window is drawn uniformly among all whose chunk was really executed (reference 2.3), but the share `chunk_starts`
-    only among those that begin at a multiple of the chunk, as all do in a dream."""
-    def __init__(self, latents, actions_n, length, context: int = 4, chunk: int = 8):
+    """All windows of encoded trajectories. `sample(generator, count)` -> latents [count, C, c + K, h, w] and actions [count, K, A],
+    normalised, as `action_inputs` tells them. A window is drawn uniformly among all whose chunk was really executed (reference 2.3),
+    but the share `chunk_starts` only among those that begin at a multiple of the chunk, as all do in a dream."""
+    def __init__(self, latents, actions_n, length, config: WorldModelConfig):
         self.latents, self.actions_n = latents, actions_n         # half [B, T+1, C, h, w], float32 [B, T, 7]
-        self.context, self.chunk = context, chunk
-        self.pairs = window_starts(length, chunk)
-        self.aligned = self.pairs[self.pairs[:, 1] % chunk == 0]
+        self.inputs = action_inputs(actions_n, config.action_history)
+        self.context, self.chunk = config.context_frames, config.chunk_size
+        self.pairs = window_starts(length, self.chunk)
+        self.aligned = self.pairs[self.pairs[:, 1] % self.chunk == 0]
 
     def __len__(self): return len(self.pairs)
 
@@ -45,7 +46,7 @@ class LatentWindows:
         b, s = pairs.unbind(1)
         frames = window_frames(s, self.context, self.chunk)
         latents = self.latents[b[:, None], frames].float().transpose(1, 2)
-        return latents, self.actions_n[b[:, None], s[:, None] + torch.arange(self.chunk)]
+        return latents, self.inputs[b[:, None], s[:, None] + torch.arange(self.chunk)]
 
     def sample(self, generator: torch.Generator, count: int, chunk_starts: float = 0.0):
         draw = lambda pairs, n: pairs[torch.randint(len(pairs), (n,), generator=generator)]
@@ -54,11 +55,11 @@ class LatentWindows:
 
 # %% ../nbs/10_alignment.ipynb #e89c83cf
 @torch.no_grad()
-def encode_windows(vae: VAE, batch: TrajectoryBatch, stats: ActionStats, context: int = 4, chunk: int = 8) -> LatentWindows:
+def encode_windows(vae: VAE, batch: TrajectoryBatch, stats: ActionStats, config: WorldModelConfig) -> LatentWindows:
     "Encode every frame of `batch` once (posterior mode, stored in half precision)."
     with fast_precision(next(vae.parameters()).device):
         latents = [vae.encode(batch.frames[i:i + 1])[0].transpose(0, 1).half() for i in progress(range(len(batch)), "encode")]
-    return LatentWindows(torch.stack(latents), stats.normalize(batch.actions), batch.length, context, chunk)
+    return LatentWindows(torch.stack(latents), stats.normalize(batch.actions), batch.length, config)
 
 # %% ../nbs/10_alignment.ipynb #7259934c
 def mix(first: Callable, second: Callable, share: float) -> Callable:
@@ -159,7 +160,7 @@ def imagine_trajectory(world_model: WorldModel, first: torch.Tensor, actions_n: 
     "Dream from first latents [B, C, 1, h, w] along normalised actions [B, T, 7]: latents [B, C, T + 1, h, w] (reference 8)."
     context, chunk = world_model.config.context_frames, world_model.config.chunk_size
     video = first.repeat(1, 1, context, 1, 1)
-    for actions in actions_n.split(chunk, 1):
+    for actions in action_inputs(actions_n, world_model.config.action_history).split(chunk, 1):
         noise = torch.randn(len(first), first.shape[1], chunk, *first.shape[3:], generator=generator)
         video = torch.cat([video, world_model.imagine(video[:, :, -context:], actions, noise, steps)], 2)
     return video[:, :, context - 1:]
@@ -222,7 +223,7 @@ def main(argv=None):
     world_model = load_world_model(args.align, preset=preset, dtype=torch.float32) if args.align else make_world_model(preset)
     run = open_run(args, preset, "wmpo-train-world-model")
     with run.stage(stage):
-        windows = encode_windows(vae, batch, stats, preset.world_model.context_frames, preset.world_model.chunk_size)
+        windows = encode_windows(vae, batch, stats, preset.world_model)
         align(world_model, windows, config, seed=args.seed, log=lambda step, **numbers: run.log(stage, step, **numbers),
               checkpointer=run.checkpointer(config.checkpoint_every))
     run.close()

@@ -61,7 +61,7 @@ def align_world_model(run: Run, parts: Parts, batch: TrajectoryBatch):
     path = run.folder / "world_model.safetensors"
     if not run.is_done("align"):
         with run.stage("align"):
-            windows = encode_windows(parts.vae, batch, parts.stats)
+            windows = encode_windows(parts.vae, batch, parts.stats, run.preset.world_model)
             world_model = align(parts.world_model(), windows, run.preset.alignment, seed=run.seed, log=stage_log(run, "align"),
                                 checkpointer=stage_checkpoints(run, "align", run.preset.alignment))
             save_world_model(path, world_model)

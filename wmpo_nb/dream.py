@@ -14,7 +14,7 @@ from .reward import SuccessClassifier, clip_ends, decide, trajectory_scores
 from .run import fast_precision
 from .trajectory import ActionStats, InitialState, Streams, TrajectoryBatch
 from .vae import VAE
-from .world_model import WorldModel
+from .world_model import WorldModel, action_inputs
 
 # %% ../nbs/12_dream.ipynb #e3b769ca
 class Dream:
@@ -34,7 +34,7 @@ def reset(self: Dream, states: list[InitialState], streams: Streams) -> torch.Te
     first = torch.stack([state.frame for state in states])
     with fast_precision(self.device): latents = self.vae.encode(first.to(self.device)).float()
     self.context = latents.repeat(1, 1, config.context_frames, 1, 1)
-    self.streams, self.seen = streams, first[:, None]
+    self.streams, self.seen, self.acted = streams, first[:, None], torch.zeros(len(states), 0, 7)
     self.finish, self.score = torch.zeros(len(states), dtype=torch.long), torch.zeros(len(states))
     return first
 
@@ -43,9 +43,9 @@ def reset(self: Dream, states: list[InitialState], streams: Streams) -> torch.Te
 @torch.no_grad()
 def imagine(self: Dream, running: torch.Tensor, actions: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     "The next frames uint8 [R, K, H, W, 3] of the dreams `running` int64 [R]; moves their context forward."
-    actions_n = self.stats.normalize(actions).to(self.device)
+    told = action_inputs(self.stats.normalize(self.acted[running]), self.world_model.config.action_history)[:, -actions.shape[1]:]
     with fast_precision(self.device):
-        latents = self.world_model.imagine(self.context[running], actions_n, noise.to(self.device)).float()
+        latents = self.world_model.imagine(self.context[running], told.to(self.device), noise.to(self.device)).float()
         frames = self.vae.decode(latents).cpu()
     self.context[running] = torch.cat([self.context[running], latents], 2)[:, :, -self.world_model.config.context_frames:]
     Dream.frames += frames.shape[0] * frames.shape[1]
@@ -58,6 +58,7 @@ def step(self: Dream, actions: torch.Tensor) -> torch.Tensor:
     running = (self.finish == 0).nonzero()[:, 0]
     noise = self.streams.normal((self.context.shape[1], actions.shape[1], *self.context.shape[3:]))
     frames = self.seen[:, -1:].repeat(1, actions.shape[1], 1, 1, 1)
+    self.acted = torch.cat([self.acted, actions], 1)
     if len(running): frames[running] = self.imagine(running, actions[running], noise[running])
     self.seen = torch.cat([self.seen, frames], 1)
     if len(running): self._verdict(running, actions.shape[1])

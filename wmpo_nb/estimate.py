@@ -212,7 +212,7 @@ def grpo_loss(policy: OpenVLAOFT, preset: Preset) -> torch.Tensor:
 def _windows(preset: Preset, batch: int, frames: int) -> tuple:
     "Empty latents [batch, C, frames, h, w] and actions of a chunk."
     side = preset.world_model.image_size >> (len(preset.vae.block_out_channels) - 1)
-    return torch.zeros(batch, preset.stdit.in_channels, frames, side, side), torch.zeros(batch, preset.world_model.chunk_size, 7)
+    return torch.zeros(batch, preset.stdit.in_channels, frames, side, side), torch.zeros(batch, preset.world_model.chunk_size, preset.stdit.action_dim)
 
 # %% ../nbs/22_estimate.ipynb #b2505768
 def flow_matching_loss(world_model, preset: Preset, config) -> torch.Tensor:

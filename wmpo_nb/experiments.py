@@ -376,7 +376,7 @@ def make_noise(cell: Cell) -> dict:
     world_model = noisy_world_model(cell.weights, cell.preset, noise)
     if not run.is_done("align"):
         with run.stage("align"):
-            align(world_model, encode_windows(parts.vae, batch, parts.stats), cell.preset.alignment, seed=cell.seed, log=stage_log(run, "align"),
+            align(world_model, encode_windows(parts.vae, batch, parts.stats, cell.preset.world_model), cell.preset.alignment, seed=cell.seed, log=stage_log(run, "align"),
                   checkpointer=stage_checkpoints(run, "align", cell.preset.alignment))
         save_world_model(path, world_model)
         run.done("align")

@@ -114,7 +114,7 @@ class JoinedWindows:
 def pretraining_windows(run: Run, preset: Preset, vae: VAE) -> JoinedWindows:
     "Encoded windows of the scripted trials. Actions are normalised by the statistics of the demonstrations."
     stats = load_stats(weights_folder(run) / f"policy_{preset.task.name}/dataset_statistics.json")
-    return JoinedWindows([encode_windows(vae, batch, stats) for batch in pretraining_batches(run, preset)])
+    return JoinedWindows([encode_windows(vae, batch, stats, preset.world_model) for batch in pretraining_batches(run, preset)])
 
 # %% ../nbs/17_from_scratch.ipynb #3915a6ce
 def pretrain_world_model(run: Run, preset: Preset, vae: VAE) -> WorldModel:

@@ -23,7 +23,7 @@ from .presets import Preset, UserError
 from .run import atomic_write, command, fast_precision, is_main, open_run, processes, start_processes
 from .trajectory import ActionStats, load_stats
 from .vae import VAE, load_vae
-from .world_model import WorldModel, train_world_model
+from .world_model import WorldModel, action_inputs, train_world_model
 
 # %% ../nbs/29_oxe.ipynb #d2411d7a
 def _packages():
@@ -345,10 +345,10 @@ def thin_out(actions: torch.Tensor, stride: int) -> torch.Tensor:
 # %% ../nbs/29_oxe.ipynb #83756272
 class RobotWindows:
     """Windows of one data set: `counts` int64 [E] of each episode, and `window(e, s)` -> frames uint8 [c + K, size, size, 3] and
-    actions float32 [K, 7]. The first c - 1 frames may repeat frame 0; all others are real (reference 2.5)."""
+    actions float32 [K, A] as told. The first c - 1 frames may repeat frame 0; all others are real (reference 2.5)."""
     def __init__(self, source: Source, preset: Preset, conventions: Conventions, stats=None):
         self.videos, self.conventions, self.size = RobotVideos(source), conventions, preset.task.image_size
-        self.context, self.chunk = preset.world_model.context_frames, preset.world_model.chunk_size
+        self.context, self.chunk, self.history = preset.world_model.context_frames, preset.world_model.chunk_size, preset.world_model.action_history
         self.stride = max(1, round(self.videos.fps / preset.task.control_hz)) if conventions.resample else 1
         self.stats = find_action_stats(self.videos.files, source.name, stats)
         self.late = self.stride if conventions.pairing == "taken" else 0
@@ -367,9 +367,11 @@ def window(self: RobotWindows, e: int, s: int) -> tuple[np.ndarray, torch.Tensor
     actions = self.videos.actions(e)
     if actions.shape[1] != len(self.stats.q01):
         raise UserError(f"{self.videos.source.name} has actions of {actions.shape[1]} numbers, its statistics are of {len(self.stats.q01)}")
-    taken = actions[s + self.late:s + self.late + self.chunk * self.stride]
+    first = s + self.late
+    taken = actions[first % self.stride:first + self.chunk * self.stride]          # from the episode's start, for what came before
     normalized = normalize_actions(taken, self.stats, self.videos.source, self.conventions.gripper)
-    return self.videos.frames(e, indices.tolist(), self.size), thin_out(normalized, self.stride)
+    told = action_inputs(thin_out(normalized, self.stride)[None], self.history)[0, -self.chunk:]
+    return self.videos.frames(e, indices.tolist(), self.size), told
 
 # %% ../nbs/29_oxe.ipynb #7ec83611
 # weight and primary camera of each data set (reference 2.5)

@@ -53,18 +53,16 @@ class GeneratedOnly(nn.Module):
 
 # %% ../nbs/24_play.ipynb #08213048
 class FlowStep(nn.Module):
-    "One velocity: context [1, C, c, h, w], noisy [1, C, K, h, w], timestep [1], actions [1, K, 7] -> [1, C, K, h, w]."
-    def __init__(self, world_model, stats):
+    "One velocity: context [1, C, c, h, w], noisy [1, C, K, h, w], timestep [1], actions [1, K, A] as told -> [1, C, K, h, w]."
+    def __init__(self, world_model):
         super().__init__()
         self.config, self.stdit = world_model.config, copy.deepcopy(world_model.stdit).eval()
         self.stdit.rope, self.stdit.final_layer = RealRotary(self.stdit.rope), GeneratedOnly(self.stdit.final_layer)
-        self.register_buffer("low", stats.q01.float())
-        self.register_buffer("span", (stats.q99 - stats.q01).float())
 
     def forward(self, context, noisy, timestep, actions):
         generated = torch.arange(context.shape[2] + noisy.shape[2])[None] >= context.shape[2]
-        actions_n, size = 2 * (actions - self.low) / self.span - 1, self.config.image_size
-        out = self.stdit(torch.cat([context, noisy], 2), timestep, actions_n, generated, (size, size))
+        size = self.config.image_size
+        out = self.stdit(torch.cat([context, noisy], 2), timestep, actions, generated, (size, size))
         return out[:, :noisy.shape[1], context.shape[2]:]
 
 # %% ../nbs/24_play.ipynb #c4080153
@@ -99,8 +97,8 @@ def networks(parts: Parts, world_model, classifier) -> dict:
     latent = torch.randn(1, parts.vae.config.latent_channels, config.context_frames + config.chunk_size, side >> halvings, side >> halvings)
     context, noisy = latent.split([config.context_frames, config.chunk_size], 2)
     clip = torch.rand(1, classifier.config.clip_length, side, side, 3) * 255
-    flow = dict(context=context, noisy=noisy, timestep=torch.tensor([700.0]), actions=torch.randn(1, config.chunk_size, 7))
-    return {"flow": (FlowStep(world_model, parts.stats).eval(), flow), "decoder": (Decoder(parts.vae).eval(), {"latents": noisy}),
+    flow = dict(context=context, noisy=noisy, timestep=torch.tensor([700.0]), actions=torch.randn(1, config.chunk_size, world_model.stdit.config.action_dim))
+    return {"flow": (FlowStep(world_model).eval(), flow), "decoder": (Decoder(parts.vae).eval(), {"latents": noisy}),
             "classifier": (Judge(classifier).eval(), {"clip": clip})}
 
 # %% ../nbs/24_play.ipynb #bde7803f
@@ -210,7 +208,8 @@ def page_spec(parts: Parts, world_model, classifier, real: TrajectoryBatch) -> d
     side = config.image_size >> (len(vae.block_out_channels) - 1)
     return dict(channels=vae.latent_channels, context=config.context_frames, chunk=config.chunk_size, latent=[side, side],
                 image=config.image_size, timesteps=[round(float(t), 4) for t in times], clip=classifier.config.clip_length,
-                threshold=classifier.config.threshold, press=PRESS, directions=directions(task), starts=starts(parts, real))
+                threshold=classifier.config.threshold, press=PRESS, directions=directions(task), starts=starts(parts, real),
+                history=config.action_history, low=parts.stats.q01.tolist(), span=(parts.stats.q99 - parts.stats.q01).tolist())
 
 # %% ../nbs/24_play.ipynb #078cae48
 TEMPLATE = (Path(__file__).parent if "__file__" in globals() else Path("../wmpo_nb")) / "play.html"

@@ -64,7 +64,7 @@ class STDiTConfig:
     mlp_ratio: float = 4.0
     in_channels: int = 4                               # latent channels
     patch_size: tuple = (1, 4, 4)
-    action_dim: int = 7
+    action_dim: int = 7                                # numbers a frame is told: 7, or 7 (`action_history` + 2)
     input_sq_size: int = 512                           # image side at which position 1 means 1 patch (2D sin-cos)
     context_timestep: float = 50.0                     # constant timestep shown to context frames (15 in the released weights, 50 in the paper)
     text_weights: bool = False                         # carry the never-computed text and fps weights of the released checkpoints
@@ -78,6 +78,7 @@ class WorldModelConfig:
     "How the STDiT is used: context, chunk and flow."
     context_frames: int = 4                            # c in the paper
     chunk_size: int = 8                                # frames generated per call, K
+    action_history: int = 0                            # beside its action, tell a frame so many earlier ones and their sum so far (0: as in the paper)
     flow_steps: int = 5                                # Euler steps from noise to frames
     context_noise: float = 50.0                        # noise on context frames while training, of 1000 (15 released, 50 paper)
     timestep_shift: float = 2.0                        # t' = s t / (1 + (s - 1) t): above 1 spends more training on noisy frames
