@@ -2,12 +2,12 @@
 import subprocess
 import sys
 import textwrap
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
-from wmpo_nb.alignment import LatentWindows, make_world_model
+from wmpo_nb.alignment import LatentWindows, load_world_model, make_world_model, save_world_model
 from wmpo_nb.demo import SHIPPED, Parts
 from wmpo_nb.dream import Dream
 from wmpo_nb.evaluation import agreement, replay
@@ -151,6 +151,11 @@ def test_a_dream_is_told_what_training_windows_are(parts, states, monkeypatch):
         assert want.shape == (len(states), 8, 28) and torch.allclose(seen, want, atol=1e-6)
 
 
-def test_sizes_that_do_not_agree_are_refused():
+def test_sizes_that_do_not_agree_are_refused(tmp_path):
     with pytest.raises(UserError, match="stdit.action_dim 28, not 7"):
         make_world_model(load_preset("tiny_lift", {"world_model.action_history": "2", "stdit.action_dim": "7"}))
+    told = load_preset("tiny_lift", {"world_model.action_history": "2", "stdit.action_dim": "28"})
+    save_world_model(tmp_path / "told.safetensors", make_world_model(told))
+    assert load_world_model(tmp_path / "told.safetensors", told.world_model).config == told.world_model
+    with pytest.raises(UserError, match="trained with world_model.action_history 2, not 0"):
+        load_world_model(tmp_path / "told.safetensors", replace(told.world_model, action_history=0))

@@ -148,8 +148,10 @@ def load_world_model(path, config: WorldModelConfig | None = None, preset: Prese
     if not _says_its_size(path):
         if preset is None: raise UserError(f"{path} does not say how large its network is: name its --preset")
         return WorldModel(config or preset.world_model, load_stdit(path, preset.stdit, dtype)).eval()
-    stdit = STDiT(config_of(path, STDiTConfig, "stdit"))
-    world_model = WorldModel(config or config_of(path, WorldModelConfig, "world_model"), stdit)
+    stdit, trained = STDiT(config_of(path, STDiTConfig, "stdit")), config_of(path, WorldModelConfig, "world_model")
+    if config and config.action_history != trained.action_history:
+        raise UserError(f"{path} was trained with world_model.action_history {trained.action_history}, not {config.action_history}")
+    world_model = WorldModel(config or trained, stdit)
     load_into(world_model, path)
     return world_model.eval()
 
