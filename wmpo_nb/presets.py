@@ -25,12 +25,12 @@ class TaskConfig:
     action_dim: int = 7                                # OSC_POSE deltas (6) and the gripper (1)
     image_size: int = 64                               # height and width of a frame, pixels
     supersample: int = 2                               # render at this multiple, then box-filter
-    camera_position: tuple = (0.46, 0.0, 1.20)         # metres, world frame
-    camera_target: tuple = (0.0, 0.0, 0.87)            # point the camera looks at, metres
-    camera_fovy: float = 32.0                          # vertical field of view, degrees
-    second_camera: tuple = ()                          # (position, target, fovy) of a camera whose picture goes below the first's, each half as high
+    camera_position: tuple = (0.60, 0.0, 0.95)         # metres, world frame
+    camera_target: tuple = (0.0, 0.0, 0.868)           # point the camera looks at, metres
+    camera_fovy: float = 16.0                          # vertical field of view, degrees
+    second_camera: tuple = ((0.0, 0.60, 0.95), (0.0, 0.0, 0.868), 16.0)                    # (position, target, fovy) of a camera whose picture goes below the first's, each half as high
     shadows: bool = False                              # a lamp straight above: the hand's shadow shows where over the table it is
-    draw_arm: bool = True                              # draw the links above the hand: two thirds of the drawing time, and they hide the object
+    draw_arm: bool = False                              # draw the links above the hand: two thirds of the drawing time, and they hide the object
     placement: float = 0.08                            # half width of the square the object starts in, metres
     turn: float = 0.0                                  # largest yaw the object starts with, radians (pi: any, as in robosuite's own Lift)
     start_noise: float = 0.0                           # standard deviation of the arm's joints at the start, radians (0.02 in robosuite: unseen by a camera, so a dream cannot know it)
@@ -178,14 +178,14 @@ class VAETrainConfig:
 @dataclass(frozen=True)
 class WorldModelTrainConfig:
     "World-model optimisation; used for pre-training and, with fewer steps, for alignment."
-    steps: int = 4400
+    steps: int = 5400
     batch_size: int = 32                               # windows of context + chunk frames
     optimizer: str = "muon"                            # "muon" (block matrices; AdamW on the rest) or "adamw" (the paper)
     learning_rate: float = 4e-3                        # of AdamW's share
     muon_learning_rate: float = 0.05
     weight_decay: float = 0.0
     warmup_steps: int = 100
-    decay_steps: int = 1400                            # linear cool-down to zero over the last steps
+    decay_steps: int = 1600                            # linear cool-down to zero over the last steps
     ema: float = 0.999
     grad_clip: float = 1.0
     chunk_starts: float = 0.5                          # share of windows that begin where a dream's chunks do (0: all begin anywhere, as upstream)
@@ -256,8 +256,8 @@ class EvaluationConfig:
 class PretrainDataConfig:
     "The miniature of OXE: scripted data of several tasks and qualities, never the P trajectories."
     tasks: tuple = ("lift",)
-    demonstrations: int = 150                          # trials of the first task: expert with noisy execution
-    near_misses: int = 500                             # ... expert with a displaced grasp, retried
+    demonstrations: int = 200                          # trials of the first task: expert with noisy execution
+    near_misses: int = 1600                            # ... jittery expert with a displaced grasp and slips of the gripper, retried
     play: int = 100                                    # ... random targets around the objects
     other_tasks_share: float = 0.25                    # of these counts, for each further task
 
@@ -344,7 +344,7 @@ def _paper_preset(task: str, budget: int) -> Preset:
     horizon, threshold, instruction = PAPER_TASKS[task]
     return Preset(
         name=f"{task}_{budget}", source="released",
-        task=TaskConfig(name=task, instruction=instruction, horizon=horizon, control_hz=20, start_noise=0.02, image_size=256, supersample=1, idle_steps=10),
+        task=TaskConfig(name=task, instruction=instruction, horizon=horizon, control_hz=20, start_noise=0.02, image_size=256, supersample=1, second_camera=(), draw_arm=True, idle_steps=10),
         vae=VAEConfig(latent_channels=4, block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32,
                       scaling_factor=0.13025, mid_block_add_attention=True, micro_batch_size=64),
         stdit=STDiTConfig(depth=28, hidden_size=1152, num_heads=16, in_channels=4, patch_size=(1, 2, 2), context_timestep=15.0, text_weights=True,
