@@ -28,9 +28,9 @@ class TaskConfig:
     camera_position: tuple = (0.60, 0.0, 0.95)         # metres, world frame
     camera_target: tuple = (0.0, 0.0, 0.868)           # point the camera looks at, metres
     camera_fovy: float = 16.0                          # vertical field of view, degrees
-    second_camera: tuple = ((0.0, 0.60, 0.95), (0.0, 0.0, 0.868), 16.0)                    # (position, target, fovy) of a camera whose picture goes below the first's, each half as high
+    second_camera: tuple = ((0.0, 0.60, 0.95), (0.0, 0.0, 0.868), 16.0)    # (position, target, fovy) of a camera whose picture goes below the first's, each half as high
     shadows: bool = False                              # a lamp straight above: the hand's shadow shows where over the table it is
-    draw_arm: bool = False                              # draw the links above the hand: two thirds of the drawing time, and they hide the object
+    draw_arm: bool = False                             # draw the links above the hand: two thirds of the drawing time, and they hide the object
     placement: float = 0.08                            # half width of the square the object starts in, metres
     turn: float = 0.0                                  # largest yaw the object starts with, radians (pi: any, as in robosuite's own Lift)
     start_noise: float = 0.0                           # standard deviation of the arm's joints at the start, radians (0.02 in robosuite: unseen by a camera, so a dream cannot know it)
@@ -132,14 +132,14 @@ class RewardConfig:
 class CollectConfig:
     "Real trajectories: the budget P and how the policy acts while collecting."
     trajectories: int = 128                            # P
-    temperature: float = 1.0                           # sampling temperature of the action tokens
+    temperature: float = 0.7                           # sampling temperature of the action tokens
 
 # %% ../nbs/00_presets.ipynb #5b2489cb
 @dataclass(frozen=True)
 class SFTConfig:
     "Behaviour cloning of the base policy on scripted demonstrations."
     demonstrations: int = 200
-    steps: int = 1500
+    steps: int = 600
     batch_size: int = 16
     learning_rate: float = 1e-3
     optimizer: str = "muon"                            # "muon" (block matrices; AdamW on the rest) or "adamw"
