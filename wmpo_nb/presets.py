@@ -274,8 +274,8 @@ class Preset:
     source: str = "ours"                               # where the values come from: "ours", the "released" code or the "paper"
     task: TaskConfig = field(default_factory=TaskConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
-    stdit: STDiTConfig = field(default_factory=STDiTConfig)
-    world_model: WorldModelConfig = field(default_factory=WorldModelConfig)
+    stdit: STDiTConfig = field(default_factory=lambda: STDiTConfig(action_dim=28))
+    world_model: WorldModelConfig = field(default_factory=lambda: WorldModelConfig(action_history=2))
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     pretrain_data: PretrainDataConfig = field(default_factory=PretrainDataConfig)
