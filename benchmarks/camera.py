@@ -22,7 +22,7 @@ from wmpo_nb.simulator import Environment
 # name: (views, shadows); a view is (position, target, fovy). Of two views each gives the middle half of its rows.
 FRONT, SIDE = ((0.60, 0.0, 0.95), (0, 0, 0.868), 31.4), ((0.0, 0.60, 0.95), (0, 0, 0.868), 31.4)
 CAMERAS = {
-    "front, 35 degrees up (shipped)": ([((0.46, 0.0, 1.20), (0, 0, 0.87), 32.0)], False),
+    "front, 35 degrees up": ([((0.46, 0.0, 1.20), (0, 0, 0.87), 32.0)], False),
     "the same, with shadows": ([((0.46, 0.0, 1.20), (0, 0, 0.87), 32.0)], True),
     "28 degrees aside, 35 up, shadows": ([((0.46, 0.24, 1.25), (0, 0, 0.885), 30.0)], True),
     "45 degrees aside, 11 up, shadows": ([((0.42, 0.42, 0.98), (0, 0, 0.86), 28.0)], True),

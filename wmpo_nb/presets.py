@@ -81,7 +81,7 @@ class WorldModelConfig:
     action_history: int = 0                            # beside its action, tell a frame so many earlier ones and their sum so far (0: as in the paper)
     flow_steps: int = 5                                # Euler steps from noise to frames
     context_noise: float = 50.0                        # noise on context frames while training, of 1000 (15 released, 50 paper)
-    timestep_shift: float = 2.0                        # t' = s t / (1 + (s - 1) t): above 1 spends more training on noisy frames
+    timestep_shift: float = 8.0                        # t' = s t / (1 + (s - 1) t): above 1 spends more training, and sampling, on noisy frames, where it is decided what moves where
     image_size: int = 64                               # pixels, the nominal size the position embedding is scaled by
 
 # %% ../nbs/00_presets.ipynb #07fb0609
@@ -178,14 +178,14 @@ class VAETrainConfig:
 @dataclass(frozen=True)
 class WorldModelTrainConfig:
     "World-model optimisation; used for pre-training and, with fewer steps, for alignment."
-    steps: int = 5400
+    steps: int = 9800
     batch_size: int = 32                               # windows of context + chunk frames
     optimizer: str = "muon"                            # "muon" (block matrices; AdamW on the rest) or "adamw" (the paper)
     learning_rate: float = 4e-3                        # of AdamW's share
     muon_learning_rate: float = 0.05
     weight_decay: float = 0.0
     warmup_steps: int = 100
-    decay_steps: int = 1600                            # linear cool-down to zero over the last steps
+    decay_steps: int = 2200                            # linear cool-down to zero over the last steps
     ema: float = 0.999
     grad_clip: float = 1.0
     chunk_starts: float = 0.5                          # share of windows that begin where a dream's chunks do (0: all begin anywhere, as upstream)
@@ -257,7 +257,7 @@ class PretrainDataConfig:
     "The miniature of OXE: scripted data of several tasks and qualities, never the P trajectories."
     tasks: tuple = ("lift",)
     demonstrations: int = 200                          # trials of the first task: expert with noisy execution
-    near_misses: int = 1600                            # ... jittery expert with a displaced grasp and slips of the gripper, retried
+    near_misses: int = 3200                            # ... jittery expert with a displaced grasp and slips of the gripper, retried
     play: int = 100                                    # ... random targets around the objects
     other_tasks_share: float = 0.25                    # of these counts, for each further task
 
@@ -438,6 +438,8 @@ OTHER_DIFFERENCES = (
     ("pixels of the judge", "-", "trained with mean and deviation 0.5, used with ImageNet's", "ImageNet's for both"),
     ("success in the very last frame", "-", "not counted", "counted; `last_clip_counts` of `reward` says otherwise"),
     ("the policy's pictures", "-", "JPEG and Lanczos in training and dreams, not in the simulator", "everywhere, or nowhere: `policy.jpeg_and_lanczos`"),
+    ("what a frame is told", "its action", "its action", "its action; tiny presets: also two earlier ones and the sum so far (`world_model.action_history`)"),
+    ("flow times in training", "-", "logit-normal, shifted by 1 at 256 x 256 pixels", "the same; tiny presets: shifted by 8, `world_model.timestep_shift`"),
     ("the action beside a frame", "-", "pre-training: the one taken at it; alignment: the one leading to it", "the one leading to it"),
     ("number of an initial state", "-", "8 bits, wraps above 255", "64 bits"),
     ("states of training and evaluation", "128 for evaluation", "the same file for both", "disjoint ranges of seeds"),
