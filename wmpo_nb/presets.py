@@ -79,7 +79,7 @@ class WorldModelConfig:
     context_frames: int = 4                            # c in the paper
     chunk_size: int = 8                                # frames generated per call, K
     action_history: int = 0                            # beside its action, tell a frame so many earlier ones and their sum so far (0: as in the paper)
-    flow_steps: int = 5                                # Euler steps from noise to frames
+    flow_steps: int = 2                                # Euler steps from noise to frames
     context_noise: float = 50.0                        # noise on context frames while training, of 1000 (15 released, 50 paper)
     timestep_shift: float = 8.0                        # t' = s t / (1 + (s - 1) t): above 1 spends more training, and sampling, on noisy frames, where it is decided what moves where
     image_size: int = 64                               # pixels, the nominal size the position embedding is scaled by
