@@ -41,7 +41,8 @@ def test_the_shadow_shows_how_near_the_unseen_hand_is():
     "The hand is above the picture at the start: only its shadow, which is darker than the table, tells where it is."
     dark = {}
     for shadows in (False, True):
-        env = Environment(replace(TASK, shadows=shadows, draw_arm=False, camera_position=(0.46, 0.24, 1.25), camera_target=(0, 0, 0.885)))
+        view = dict(camera_position=(0.46, 0.24, 1.25), camera_target=(0, 0, 0.885), camera_fovy=32.0, second_camera=())
+        env = Environment(replace(TASK, shadows=shadows, draw_arm=False, **view))
         env.reset(1)
         frame = env.frame().astype(int)
         red = frame[..., 0] > frame[..., 1:].max(-1) + 25

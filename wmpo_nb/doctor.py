@@ -24,7 +24,7 @@ import torch
 # %% ../nbs/21_doctor.ipynb #0f22765e
 from .demo import SHIPPED
 from .policy import OpenVLAOFT
-from .presets import TaskConfig, UserError, load_preset, seeds_for
+from .presets import TaskConfig, UserError, as_tuples, load_preset, seeds_for
 from .run import atomic_write, command
 from .simulator import (
     GL_PACKAGES, Environment, Simulator, Snapshot, Style, choose_gl, explain_unknown_task, script_trial)
@@ -232,7 +232,7 @@ def load_reference(path=REFERENCE) -> Reference:
     try:
         with np.load(path, allow_pickle=False) as file: arrays = {name: file[name] for name in file.files}
         about = json.loads(str(arrays["about"]))
-        task = TaskConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in about["task"].items()})
+        task = TaskConfig(**as_tuples(about["task"]))
         snapshots = [Snapshot(*(arrays[name][i] for name in _FIELDS), (arrays["goal_0"][i], arrays["goal_1"][i]), timestep)
                      for i, timestep in enumerate(about["timesteps"])]
     except Exception as error: raise UserError(f"the reference {Path(path).name} cannot be read ({first_line(error)})") from None

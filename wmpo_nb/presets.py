@@ -4,7 +4,8 @@
 __all__ = ['PAPER_TASKS', 'PAPER_VALUES', 'PRESETS', 'OTHER_DIFFERENCES', 'SEED_RANGES', 'TaskConfig', 'VAEConfig', 'STDiTConfig',
            'WorldModelConfig', 'PolicyConfig', 'RewardConfig', 'CollectConfig', 'SFTConfig', 'VAETrainConfig',
            'WorldModelTrainConfig', 'RewardTrainConfig', 'GRPOConfig', 'EvaluationConfig', 'PretrainDataConfig',
-           'Preset', 'UserError', 'load_preset', 'override', 'differences', 'differences_page', 'seeds_for']
+           'Preset', 'UserError', 'load_preset', 'as_tuples', 'override', 'differences', 'differences_page',
+           'seeds_for']
 
 # %% ../nbs/00_presets.ipynb #bd0249cd
 import dataclasses, difflib, json
@@ -400,12 +401,18 @@ def load_preset(name: str, overrides: dict | None = None) -> Preset:
     return preset
 
 # %% ../nbs/00_presets.ipynb #9880e219
+def as_tuples(value):
+    "JSON's lists as tuples, at any depth."
+    if isinstance(value, list): return tuple(as_tuples(v) for v in value)
+    return {k: as_tuples(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
 def _parse(text: str, like, key: str):
     "Read `text` as the type of `like`."
     if isinstance(like, str) or not isinstance(text, str): return text
     try: value = json.loads(text.lower() if text in ("True", "False") else text)
     except json.JSONDecodeError: value = None
-    if isinstance(like, tuple) and isinstance(value, list): return tuple(value)
+    if isinstance(like, tuple) and isinstance(value, list): return as_tuples(value)
     if isinstance(like, bool) is isinstance(value, bool) and isinstance(value, type(like)): return value
     if type(like) is float and type(value) is int: return float(value)
     raise UserError(f"'{text}' is not a value for {key}: it must be like {json.dumps(like)}")

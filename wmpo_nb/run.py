@@ -19,7 +19,7 @@ import numpy as np, torch
 from fastcore.basics import patch
 from torch import nn
 from tqdm import tqdm
-from .presets import Preset, UserError, load_preset
+from .presets import Preset, UserError, as_tuples, load_preset
 
 # %% ../nbs/01_run.ipynb #b98a76d3
 def _fsync(path: Path):
@@ -74,12 +74,6 @@ def save_weights(path, module_or_state_dict, *, config, metrics=None, dtype=None
         save_file(state, str(temporary), metadata=metadata)
         _sort_metadata(temporary)
 
-# %% ../nbs/01_run.ipynb #85af0193
-def _tuples(value):
-    "JSON's lists as tuples, at any depth."
-    if isinstance(value, list): return tuple(_tuples(v) for v in value)
-    return {k: _tuples(v) for k, v in value.items()} if isinstance(value, dict) else value
-
 # %% ../nbs/01_run.ipynb #0c8a7fb7
 @contextmanager
 def _open_weights(path):
@@ -98,7 +92,7 @@ def load_weights(path) -> tuple[dict, dict]:
     "(state_dict, config) of a file from `save_weights`, on the CPU. Raises `UserError` when it is missing or damaged."
     with _open_weights(path) as file:
         config = json.loads((file.metadata() or {}).get("config", "{}"))
-        return {key: file.get_tensor(key) for key in file.keys()}, _tuples(config)
+        return {key: file.get_tensor(key) for key in file.keys()}, as_tuples(config)
 
 # %% ../nbs/01_run.ipynb #cfdd9436
 def config_of(path, kind, section: str | None = None):
