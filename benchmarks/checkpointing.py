@@ -31,7 +31,7 @@ def policy_case(preset):
 def world_model_case(preset):
     "The world model and the loss of one batch of windows."
     model, count = make_world_model(preset), preset.pretraining.batch_size
-    latents, actions = torch.randn(count, 4, 12, 16, 16), torch.randn(count, 8, 7)
+    latents, actions = torch.randn(count, 4, 12, 16, 16), torch.randn(count, 8, preset.stdit.action_dim)
     return model, lambda: model.loss(latents, actions, torch.Generator().manual_seed(0))
 
 

@@ -40,7 +40,7 @@ def stepper(options: dict):
     model, optimizer = accelerator.prepare(world_model, make_optimizer(world_model.named_parameters(), config))
     ema = EMA(world_model, config.ema)
     latents = torch.randn(config.batch_size, preset.stdit.in_channels, 12, size, size, generator=generator)
-    actions = torch.randn(config.batch_size, 8, 7, generator=generator)
+    actions = torch.randn(config.batch_size, 8, preset.stdit.action_dim, generator=generator)
 
     def step() -> float:
         since = time.perf_counter()

@@ -46,7 +46,7 @@ preset, accelerator, generator = load_preset("tiny_lift"), Accelerator(cpu=True)
 frames = lambda n: torch.zeros(n, 64, 64, 3, dtype=torch.uint8)
 
 def flow(model):
-    with fast_precision("cpu"): return model(torch.randn(config.batch_size, 4, 12, 16, 16), torch.rand(config.batch_size, 8, 7), generator)
+    with fast_precision("cpu"): return model(torch.randn(config.batch_size, 4, 12, 16, 16), torch.rand(config.batch_size, 8, preset.stdit.action_dim), generator)
 
 def clone(model):
     actions = action_ids(preset.policy)
@@ -150,7 +150,7 @@ def test_memory_of_a_real_policy_update_is_within_a_quarter():
 
 def test_memory_of_real_imagination_is_within_a_quarter():
     world_model = make_world_model(TINY).eval()
-    context, actions, noise = torch.zeros(16, 4, 4, 16, 16), torch.zeros(16, 8, 7), torch.zeros(16, 4, 8, 16, 16)
+    context, actions, noise = torch.zeros(16, 4, 4, 16, 16), torch.zeros(16, 8, TINY.stdit.action_dim), torch.zeros(16, 4, 8, 16, 16)
     def imagine():
         with torch.autocast("cpu", torch.bfloat16, enabled=CPU.bf16): world_model.imagine(context, actions, noise)
     _, expected, flops = module._world_model_call(TINY, 16, bf16=CPU.bf16, gpu=False)

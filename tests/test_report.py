@@ -184,6 +184,16 @@ def test_seeds_are_pooled(seeds):
     assert [run["seed"] for run in numbers["runs"]] == [3, 4] and numbers["runs"][1]["difference"][0] == 0
 
 
+def test_sampled_trials_are_reported_beside_the_exam(seeds, tmp_path):
+    assert "sampled" not in pooled(seeds)
+    for record in seeds: record["sampled"] = {"base policy": outcomes(8, 20), "WMPO": outcomes(12, 20)}
+    numbers = pooled(seeds)
+    assert (numbers["sampled"]["base"]["successes"], numbers["sampled"]["wmpo"]["n"]) == (16, 40)
+    assert numbers["runs"][0]["sampled"]["difference"][0] == 0.2 and numbers["sampled"]["mcnemar_p"] == 2 * 0.5**8
+    write_results(tmp_path / "r", seeds)
+    assert "| all | 40.0 % (16/40;" in (tmp_path / "r.md").read_text() and "sampled as in practice" in read(page(seeds[0])).text
+
+
 @pytest.mark.parametrize("field, value, word", [("seed", 3, "same seed"), ("preset", "tiny_stack", "different presets")])
 def test_runs_that_do_not_belong_together(seeds, field, value, word):
     with pytest.raises(UserError, match=word): pooled([seeds[0], seeds[1] | {field: value}])

@@ -152,14 +152,16 @@ def films(dream: Dream, real: TrajectoryBatch, count: int = 4) -> list[dict]:
              "dream_success": bool(dreamt.success[i])} for i in range(len(part))]
 
 # %% ../nbs/19_demo.ipynb #d737dbea
-def make_record(run: Run, command_line: str, fast: bool, evaluations: dict, reward: dict, worlds: dict, clips: list) -> dict:
+def make_record(run: Run, command_line: str, fast: bool, evaluations: dict, sampled: dict, reward: dict,
+                worlds: dict, clips: list) -> dict:
     "The record of a finished run (see notebook 16 for its keys)."
     versions = {name: metadata.version(name) for name in ("torch", "diffusers", "transformers", "accelerate", "robosuite", "mujoco")}
     closed = [f"The base policy succeeds {100 * w['closed_loop']:.0f} % of the time in the dream {name} and {100 * w['real']:.0f} % in "
               f"reality (same states, sampled)." for name, w in worlds.items()]
     learning = [entry for entry in read_metrics(run.folder) if entry["stage"] == "grpo" and entry["success"] is not None]
     return {"title": f"WMPO on {run.preset.task.name}", "preset": run.preset.name, "command": command_line, "seed": run.seed, "fast": fast,
-            "evaluations": {name: e.to_dict() for name, e in evaluations.items()}, "learning": learning, "reward": reward,
+            "evaluations": {name: e.to_dict() for name, e in evaluations.items()},
+            "sampled": {name: e.to_dict() for name, e in sampled.items()}, "learning": learning, "reward": reward,
             "agreement": worlds, "clips": clips, "ledger": run.ledger.state_dict(), "config": run.preset.to_dict(),
             "versions": versions | {"python": platform.python_version()}, "caveats": closed}
 
@@ -193,7 +195,8 @@ def run_demo(run: Run, parts: Parts, cache: Path, workers: int | None = None) ->
         real, after = (collect(actor, preset, cache, use="held_out", count=preset.evaluation.held_out, seed=run.seed, workers=workers)
                        for actor in (parts.base, policy))
     reward = score_reward(run, parts, classifier, real) | {"after": score_reward(run, parts, classifier, after)}
-    return evaluations, reward, compare_worlds(run, parts, dreams, real), films(dreams["after alignment"], real)
+    sampled = {name: Evaluation(b.state_id, b.success, b.finish_step) for name, b in zip(evaluations, (real, after))}
+    return evaluations, sampled, reward, compare_worlds(run, parts, dreams, real), films(dreams["after alignment"], real)
 
 # %% ../nbs/19_demo.ipynb #6d338a1f
 @command

@@ -202,9 +202,9 @@ def section(title: str, *parts: str) -> str:
     return tag("section", tag("h2", escape(title)), *parts) if any(parts) else ""
 
 # %% ../nbs/16_report.ipynb #f7979eb5
-def _headline(record: dict) -> str:
-    "Success before and after, with intervals and the paired test."
-    evaluations = {name: Evaluation.from_dict(e) for name, e in record.get("evaluations", {}).items()}
+def _success(record: dict, key: str, title: str) -> str:
+    "Success before and after, with intervals and the paired test, of the evaluations under `key`."
+    evaluations = {name: Evaluation.from_dict(e) for name, e in record.get(key, {}).items()}
     if not evaluations: return ""
     tiles, words = [], ""
     for name, e in evaluations.items():
@@ -216,7 +216,13 @@ def _headline(record: dict) -> str:
         tiles.append(tile("difference", f"{difference:+.1f} points", interval))
         words = tag("p", escape(in_words(before, after)))
     bars = [interval_bar(name, e) for name, e in evaluations.items()]
-    return section("Success in the real simulator", tag("div", *tiles, class_="tiles"), *bars, words)
+    return section(title, tag("div", *tiles, class_="tiles"), *bars, words)
+
+
+def _headline(record: dict) -> str:
+    "The exam, and what the policies do when they sample as they did in practice."
+    return (_success(record, "evaluations", "Success in the real simulator")
+            + _success(record, "sampled", "In the real simulator, sampled as in practice"))
 
 # %% ../nbs/16_report.ipynb #02f67fa1
 def _learning(record: dict) -> str:
@@ -385,16 +391,17 @@ def _compared(base: Evaluation, trained: Evaluation) -> dict:
             "difference": [round(x, 4) for x in paired_difference(base.success, trained.success)]}
 
 # %% ../nbs/16_report.ipynb #1dbb2526
-def _both(record: dict) -> list[Evaluation]:
+def _both(record: dict, key: str = "evaluations") -> list[Evaluation]:
     "Evaluations of the base policy and of the trained one."
-    return [Evaluation.from_dict(e) for e in list(record["evaluations"].values())[:2]]
+    return [Evaluation.from_dict(e) for e in list(record[key].values())[:2]]
 
 # %% ../nbs/16_report.ipynb #7573f103
 def summary(record: dict) -> dict:
     "The numbers of a finished run: success with n and interval, paired test, agreement, reward, cost."
     base, trained = _both(record)
+    sampled = {"sampled": _compared(*_both(record, "sampled"))} if "sampled" in record else {}
     return {"preset": record["preset"], "seed": record["seed"], "command": record["command"],
-            "test_seeds": [int(base.state_id.min()), int(base.state_id.max())], **_compared(base, trained), "reward": record["reward"],
+            "test_seeds": [int(base.state_id.min()), int(base.state_id.max())], **_compared(base, trained), **sampled, "reward": record["reward"],
             "agreement": {name: {k: v for k, v in a.items() if k != "psnr"} for name, a in record["agreement"].items()},
             "learning": [round(entry["success"], 4) for entry in record["learning"]], "ledger": record["ledger"],
             "versions": record["versions"]}
@@ -410,8 +417,9 @@ def pooled(records: list[dict]) -> dict:
     presets, seeds = {r["preset"] for r in records}, [r["seed"] for r in records]
     if len(presets) > 1: raise UserError(f"these runs are of different presets: {', '.join(sorted(presets))}")
     if len(set(seeds)) < len(seeds): raise UserError(f"two of these runs have the same seed: {seeds}")
-    base, trained = (_joined(column) for column in zip(*map(_both, records)))
-    return {"preset": presets.pop(), **_compared(base, trained), "runs": [summary(r) for r in records]}
+    together = lambda key: _compared(*(_joined(column) for column in zip(*(_both(r, key) for r in records))))
+    sampled = {"sampled": together("sampled")} if all("sampled" in r for r in records) else {}
+    return {"preset": presets.pop(), **together("evaluations"), **sampled, "runs": [summary(r) for r in records]}
 
 # %% ../nbs/16_report.ipynb #9d7ebf34
 def _rate(numbers: dict) -> str:
@@ -419,15 +427,23 @@ def _rate(numbers: dict) -> str:
     return f"{100 * k / n:.1f} % ({k}/{n}; {100 * low:.1f} to {100 * high:.1f})"
 
 # %% ../nbs/16_report.ipynb #a4d4bdbb
+def _comparison(numbers: dict, first: str) -> str:
+    "The first cells of a row: who, success of both policies, their paired difference, McNemar's p."
+    difference, low, high = (100 * x for x in numbers["difference"])
+    return (f"| {first} | {_rate(numbers['base'])} | {_rate(numbers['wmpo'])} | {difference:+.1f} ({low:+.1f} to {high:+.1f}) | "
+            f"{numbers['mcnemar_p']:.2g} |")
+
+
 def _success_lines(numbers: dict) -> list[str]:
-    "Success of both policies and their paired comparison, by seed and pooled."
-    lines = ["| seed | base policy | after WMPO | difference, points | McNemar p | test states |", "|---|---|---|---|---|---|"]
-    for run in [*numbers["runs"], numbers]:
-        difference, low, high = (100 * x for x in run["difference"])
-        states = "{} to {}".format(*run["test_seeds"]) if "seed" in run else ""
-        lines.append(f"| {run.get('seed', 'all')} | {_rate(run['base'])} | {_rate(run['wmpo'])} | {difference:+.1f} ({low:+.1f} to "
-                     f"{high:+.1f}) | {run['mcnemar_p']:.2g} | {states} |")
-    return [*lines, "", "Greedy trials in the real simulator; in brackets counts and 95 % intervals (Wilson; paired differences: Newcombe)."]
+    "Success of both policies and their paired comparison, by seed and pooled: greedy, then sampled where it was recorded."
+    runs, head = [*numbers["runs"], numbers], "| seed | base policy | after WMPO | difference, points | McNemar p |"
+    lines = [f"{head} test states |", "|---|---|---|---|---|---|"]
+    lines += [_comparison(run, run.get("seed", "all")) + (" {} to {} |".format(*run["test_seeds"]) if "seed" in run else "  |") for run in runs]
+    lines += ["", "Greedy trials in the real simulator; in brackets counts and 95 % intervals (Wilson; paired differences: Newcombe)."]
+    if "sampled" not in numbers: return lines
+    rows = [_comparison(run["sampled"], run.get("seed", "all")) for run in runs]
+    return [*lines, "", head, "|---|---|---|---|---|", *rows, "",
+            "The same policies on the held-out states, one trial each, sampled at the temperature at which they collected and practised."]
 
 # %% ../nbs/16_report.ipynb #9bd3cdaf
 def _truth_lines(numbers: dict) -> list[str]:
