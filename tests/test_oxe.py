@@ -136,7 +136,7 @@ def test_each_frame_stands_beside_the_action_that_leads_to_it(sources, d, conven
         for s in sorted({0, 1, 2, 3, int(count) // 2, int(count) - 1} & set(range(int(count)))):
             frames, actions = part.window(e, s)
             shown = times(frames)
-            assert frames.shape == (12, 64, 64, 3) and actions.shape == (8, 7)
+            assert frames.shape == (12, 64, 64, 3) and actions.shape == (8, TINY.stdit.action_dim)
             assert shown.tolist() == [max(0, s + stride * j) for j in range(-3, 9)]
             assert shown[-1] < n and len(set(shown[3:])) == 9                     # generated frames are real, none is repeated
             # the actions between a frame and the one before it; "taken": those after it
