@@ -559,7 +559,8 @@ def scripted_styles(kind: str, count: int, seed: int = 0) -> list[Style]:
     "`count` styles of `kind` 'expert' (noisy execution), 'near_miss' (displaced grasps, retried) or 'play'."
     rng = np.random.default_rng(seed)
     draw = {"expert": lambda: Style(noise=rng.uniform(0, 0.25)),
-            "near_miss": lambda: Style(rng.uniform(0, 0.4), rng.uniform(0, 0.7), rng.uniform(0, 0.1), rng.uniform(0, 0.04), rng.uniform(0, 0.3)),
+            "near_miss": lambda: Style(noise=rng.uniform(0, 0.4), smooth=rng.uniform(0, 0.7), slips=rng.uniform(0, 0.1),
+                                       displacement=rng.uniform(0, 0.04), turn=rng.uniform(0, 0.3)),
             "play": lambda: Style(noise=0.1, play=True)}
     return [draw[kind]() for _ in range(count)]
 
