@@ -101,9 +101,9 @@ def practise(run: Run, parts: Parts, dream: Dream, batch: TrajectoryBatch) -> Op
     return OpenVLAOFT.from_pretrained(folder)
 
 # %% ../nbs/19_demo.ipynb #f3a7e0f7
-def examine(run: Run, policies: dict, workers: int | None = None, temperature: float = 0.0) -> dict:
-    "Evaluations by name on the test states, kept in `evaluations.json` (sampled ones in `sampled.json`) as they come."
-    path, task = run.folder / ("sampled.json" if temperature else "evaluations.json"), run.preset.task
+def examine(run: Run, policies: dict, workers: int | None = None) -> dict:
+    "Evaluations by name on the test states, kept in `evaluations.json` as they come."
+    path, task = run.folder / "evaluations.json", run.preset.task
     done = json.loads(path.read_text()) if path.exists() else {}
     missing = [name for name in policies if name not in done]
     if missing:
@@ -111,9 +111,8 @@ def examine(run: Run, policies: dict, workers: int | None = None, temperature: f
         with run.stage("evaluate"), Simulator(task, workers, every_frame=False) as simulator:
             states = [InitialState(s, None) for s in seeds_for("test", run.preset.evaluation.states, run.seed)]
             for name in missing:
-                bar = lambda batches: progress(batches, f"evaluate {name}" + (", sampled" if temperature else ""))
-                done[name] = evaluate(policies[name], simulator, states, chunks=task.chunks, seed=run.seed,
-                                      temperature=temperature, progress=bar).to_dict()
+                bar = lambda batches: progress(batches, f"evaluate {name}")
+                done[name] = evaluate(policies[name], simulator, states, chunks=task.chunks, progress=bar).to_dict()
                 with atomic_write(path) as temporary: temporary.write_text(json.dumps(done))
             run.ledger.add(simulator_steps=Simulator.steps - before)
     return {name: Evaluation.from_dict(done[name]) for name in policies}
@@ -191,12 +190,12 @@ def run_demo(run: Run, parts: Parts, cache: Path, workers: int | None = None) ->
     dreams = {"before alignment": Dream(parts.world_model(), parts.vae, classifier, parts.stats),
               "after alignment": Dream(aligned, parts.vae, classifier, parts.stats)}
     policy = practise(run, parts, dreams["after alignment"], batch)
-    policies = {"base policy": parts.base, "after WMPO": policy}
-    evaluations, sampled = (examine(run, policies, workers, temperature) for temperature in (0.0, preset.collect.temperature))
+    evaluations = examine(run, {"base policy": parts.base, "after WMPO": policy}, workers)
     with run.stage("agreement"):
         real, after = (collect(actor, preset, cache, use="held_out", count=preset.evaluation.held_out, seed=run.seed, workers=workers)
-                       for actor in policies.values())
+                       for actor in (parts.base, policy))
     reward = score_reward(run, parts, classifier, real) | {"after": score_reward(run, parts, classifier, after)}
+    sampled = {name: Evaluation(b.state_id, b.success, b.finish_step) for name, b in zip(evaluations, (real, after))}
     return evaluations, sampled, reward, compare_worlds(run, parts, dreams, real), films(dreams["after alignment"], real)
 
 # %% ../nbs/19_demo.ipynb #6d338a1f

@@ -443,7 +443,7 @@ def _success_lines(numbers: dict) -> list[str]:
     if "sampled" not in numbers: return lines
     rows = [_comparison(run["sampled"], run.get("seed", "all")) for run in runs]
     return [*lines, "", head, "|---|---|---|---|---|", *rows, "",
-            "The same policies on the same states, one trial each, sampled at the temperature at which they collected and practised."]
+            "The same policies on the held-out states, one trial each, sampled at the temperature at which they collected and practised."]
 
 # %% ../nbs/16_report.ipynb #9bd3cdaf
 def _truth_lines(numbers: dict) -> list[str]:
