@@ -8,7 +8,7 @@ import torch
 from helpers import SMALL, STATS
 from wmpo_nb.policy import OpenVLAOFT
 from wmpo_nb.presets import GRPOConfig, Preset, UserError
-from wmpo_nb.run import Checkpointer, Run, make_optimizer
+from wmpo_nb.run import EMA, Checkpointer, Run, make_optimizer
 from wmpo_nb.trajectory import InitialState
 from wmpo_nb.wmpo import (NothingToLearn, draw_states, forward_passes, gather, main, mix_seed, token_statistics,
                           train_wmpo, update)
@@ -193,6 +193,22 @@ def test_resume_gives_the_same_bits(tmp_path):
     resumed = weights(train(new_policy(seed=5), checkpointer=Checkpointer(tmp_path, 1)))
     assert torch.equal(unbroken, resumed)
     assert not torch.equal(unbroken, weights(train(new_policy(), seed=1)))
+
+
+def test_the_policy_that_is_kept_is_an_average_over_iterations(tmp_path):
+    latest, plain = [], replace(CONFIG, ema=0.0)
+    policy = new_policy()
+    average = EMA(policy, 0.9)
+    def log(iteration, **numbers):
+        latest.append(weights(policy))
+        average.update(policy)
+    train(policy, config=plain, log=log)
+    assert torch.equal(weights(policy), latest[-1])
+    kept = weights(train(new_policy(), config=replace(CONFIG, ema=0.9)))
+    average.copy_to(policy)
+    assert torch.equal(kept, weights(policy)) and not torch.equal(kept, latest[-1])
+    train(new_policy(), config=replace(CONFIG, ema=0.9, iterations=2), checkpointer=Checkpointer(tmp_path, 1))
+    assert torch.equal(kept, weights(train(new_policy(seed=5), config=replace(CONFIG, ema=0.9), checkpointer=Checkpointer(tmp_path, 1))))
 
 
 def test_run_records_every_iteration_once_and_counts_steps(tmp_path):

@@ -1181,6 +1181,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'wmpo_nb.wmpo.WithoutAdapters.__init__': ('wmpo.html#withoutadapters.__init__', 'wmpo_nb/wmpo.py'),
                               'wmpo_nb.wmpo.WithoutAdapters.log_probs_and_entropy': ( 'wmpo.html#withoutadapters.log_probs_and_entropy',
                                                                                       'wmpo_nb/wmpo.py'),
+                              'wmpo_nb.wmpo._averaged': ('wmpo.html#_averaged', 'wmpo_nb/wmpo.py'),
                               'wmpo_nb.wmpo._backward': ('wmpo.html#_backward', 'wmpo_nb/wmpo.py'),
                               'wmpo_nb.wmpo._count_scores': ('wmpo.html#_count_scores', 'wmpo_nb/wmpo.py'),
                               'wmpo_nb.wmpo._dream': ('wmpo.html#_dream', 'wmpo_nb/wmpo.py'),

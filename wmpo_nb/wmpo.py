@@ -7,6 +7,7 @@ __all__ = ['mix_seed', 'draw_states', 'NothingToLearn', 'decision_frames', 'try_
 
 # %% ../nbs/14_wmpo.ipynb #d59f5307
 import math, resource, sys, time
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import fields, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from .grpo import (action_mask, advantages, keep_groups, success_rewards, token_
                           weighted_policy_loss)
 from .policy import adapters_off, load_policy, prepare_policy, save_trained, trained_part
 from .presets import GRPOConfig, UserError, seeds_for
-from .run import (Checkpointer, Diverged, Run, Stopped, clip_gradients, command, is_main, my_share, open_run, parse_preset,
+from .run import (EMA, Checkpointer, Diverged, Run, Stopped, clip_gradients, command, is_main, my_share, open_run, parse_preset,
                          place, preset_parser, processes, progress, start_processes, stop_if_asked, sum_gradients, sum_over_processes)
 from .trajectory import InitialState, TrainablePolicy, TrajectoryBatch, World, load_first_frames, read_shards, rollout
 
@@ -297,11 +298,19 @@ def _start_policy(policy, config: GRPOConfig, accelerator):
     if not config.start_kl: return None
     return WithoutAdapters(policy) if config.lora_rank else place(accelerator, deepcopy(policy).eval().requires_grad_(False))
 
+# %% ../nbs/14_wmpo.ipynb #b7f4d2e1
+@contextmanager
+def _averaged(trained, decay: float):
+    "What is trained and, with a `decay`, the running average of its weights, which it gets at the end, also at an early one."
+    parts = {"policy": trained} | ({"ema": EMA(trained, decay)} if decay else {})
+    try: yield parts
+    finally:
+        if decay: parts["ema"].copy_to(trained)
+
 # %% ../nbs/14_wmpo.ipynb #ee22423c
 def train_wmpo(policy: TrainablePolicy, world: World, states: list[InitialState], config: GRPOConfig, *, chunks: int, temperature: float,
                seed: int = 0, checkpointer: Checkpointer | None = None, log=None, run: Run | None = None):
-    """Improve `policy`, or with `config.lora_rank` adapters of it, in `world`, starting from `states` (paper, Algorithm 1);
-    returns it, changed in place.
+    """Improve `policy`, or `config.lora_rank` adapters of it, in `world` from `states`; returns it, changed in place. (Algorithm 1)
 
     `log(iteration, **numbers)` is called once per iteration; by default it is `run.log`. With a `checkpointer` it goes on where
     it stopped, with the same result. Several processes share the work, with the same result but for rounding. Raises
@@ -310,16 +319,18 @@ def train_wmpo(policy: TrainablePolicy, world: World, states: list[InitialState]
     start = _start_policy(policy, config, accelerator)
     policy, optimizer = prepare_policy(accelerator, policy, config, seed)
     if run and log is None: log = lambda iteration, **numbers: run.log("grpo", iteration, **numbers)
-    first = _restore(checkpointer, run, policy=trained_part(policy), optimizer=optimizer, waiting=waiting)
-    for iteration in progress(config.iterations, "grpo", first):
-        world.film = None if run and config.videos_every and iteration % config.videos_every == 0 else ()
-        numbers = _improve(policy, optimizer, world, states, config, waiting, chunks=chunks, temperature=temperature,
-                           seed=mix_seed(seed, iteration), checkpointer=checkpointer, iteration=iteration,
-                           accelerator=accelerator, start=start)
-        if run: run.ledger.add(optimiser_steps=numbers["optimiser_steps"])
-        if log: log(iteration, **numbers)
-        if world.film: run.film("grpo", iteration, world.film)
-        if checkpointer: checkpointer.maybe_save(iteration + 1)
+    with _averaged(trained_part(policy), config.ema) as parts:
+        first = _restore(checkpointer, run, optimizer=optimizer, waiting=waiting, **parts)
+        for iteration in progress(config.iterations, "grpo", first):
+            world.film = None if run and config.videos_every and iteration % config.videos_every == 0 else ()
+            numbers = _improve(policy, optimizer, world, states, config, waiting, chunks=chunks, temperature=temperature,
+                               seed=mix_seed(seed, iteration), checkpointer=checkpointer, iteration=iteration,
+                               accelerator=accelerator, start=start)
+            if "ema" in parts: parts["ema"].update(parts["policy"])
+            if run: run.ledger.add(optimiser_steps=numbers["optimiser_steps"])
+            if log: log(iteration, **numbers)
+            if world.film: run.film("grpo", iteration, world.film)
+            if checkpointer: checkpointer.maybe_save(iteration + 1)
     return policy.eval()
 
 # %% ../nbs/14_wmpo.ipynb #6a662ff5
