@@ -191,6 +191,13 @@ def test_a_phone_needs_no_sideways_scrolling(open_page, path):
     assert page.evaluate("parseFloat(getComputedStyle(document.querySelector('article p')).fontSize)") >= 14
 
 
+@pytest.mark.parametrize("width", [1024, 1280, 1600])
+def test_nor_does_a_screen(open_page, width):
+    page = open_page("nbs/12_dream.html", viewport={"width": width, "height": 900})
+    page.wait_for_load_state("load")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
 def test_light_and_dark(open_page):
     brightness = {}
     for scheme in ("light", "dark"):
