@@ -79,8 +79,10 @@ def notebook_cell(cell: dict, page: str, staged: str) -> dict | None:
     if cell["cell_type"] == "markdown": return {**cell, "source": with_links(source, page, staged)}
     if cell["cell_type"] != "code" or HIDDEN.search(source): return None
     tags = ["remove-input"] if re.search(r"^#\|\s*echo:\s*false", source, re.M) else []
-    if only_imports(source): tags.append("hide-input")
     metadata = {"tags": tags}
+    if only_imports(source):
+        tags.append("hide-input")
+        metadata["mystnb"] = {"code_prompt_show": "Imports"}
     if cell["metadata"].get("jupyter", {}).get("source_hidden"):       # a solution, also folded in JupyterLab
         tags.append("hide-cell")
         metadata["mystnb"] = {"code_prompt_show": source.splitlines()[0].lstrip("# ")}
@@ -88,14 +90,30 @@ def notebook_cell(cell: dict, page: str, staged: str) -> dict | None:
     return {**cell, "source": shown, "metadata": metadata} if shown else None
 
 
+def without_repeats(cells: list[dict]) -> list[dict]:
+    "Neighbouring cells of nothing but imports become one."
+    kept = []
+    for cell in cells:
+        same = kept and all(c["metadata"].get("tags") == ["hide-input"] and not c["outputs"] for c in (kept[-1], cell))
+        if same: kept[-1] = {**kept[-1], "source": f"{kept[-1]['source']}\n\n{cell['source']}"}
+        else: kept.append(cell)
+    return kept
+
+
+def numbered(cells: list[dict], number: str) -> list[dict]:
+    "The first heading with the notebook's number, by which the text calls it."
+    return [{**cells[0], "source": re.sub(r"^# ", f"# {number} ", cells[0]["source"])}, *cells[1:]]
+
+
 def stage_notebook(page: str, staged: str, last: str = ""):
     "A notebook with its outputs; `last` becomes one more Markdown cell."
     notebook = json.loads((ROOT / page).read_text(encoding="utf-8"))
-    cells = [notebook_cell(cell, page, staged) for cell in notebook["cells"]]
+    cells = without_repeats([cell for cell in (notebook_cell(cell, page, staged) for cell in notebook["cells"]) if cell])
+    if page != "nbs/index.ipynb": cells = numbered(cells, Path(page).name[:2])
     link = colab.badge(Path(page).stem, colab.repository()) if page != "nbs/index.ipynb" else ""
     if link: cells.insert(1, {"cell_type": "markdown", "metadata": {}, "source": link, "id": "colab"})
     if last: cells.append({"cell_type": "markdown", "metadata": {}, "source": last, "id": "toctree"})
-    notebook["cells"] = [cell for cell in cells if cell]
+    notebook["cells"] = cells
     for output in (o for cell in notebook["cells"] for o in cell.get("outputs", [])):
         if "text/markdown" in output.get("data", {}):
             output["data"]["text/markdown"] = with_links("".join(output["data"]["text/markdown"]), page, staged)

@@ -9,6 +9,7 @@ exclude_patterns = []
 # the stored outputs of the notebooks are shown; running them is the tests' business
 nb_execution_mode = "off"
 nb_merge_streams = True
+nb_render_markdown_format = "myst"        # tables and links in an output as in a Markdown cell
 nb_number_source_lines = False
 myst_enable_extensions = ["dollarmath", "amsmath", "deflist", "attrs_inline"]
 smartquotes = False                       # shapes such as [B, ...] stay as they are

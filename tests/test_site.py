@@ -2,6 +2,7 @@
 
 `SITE=docs/_build/html` takes a site that is already there, `PATIENCE=10` waits ten times as long (on a busy machine). Without a browser the tests that need one are skipped."""
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -80,6 +81,17 @@ def test_nothing_is_embedded_from_outside(site, pages):
             parts = urlsplit(source)
             assert not parts.scheme and not parts.netloc, f"{path.name} embeds {source}"
             assert (path.parent / unquote(parts.path)).exists(), f"{path.name} embeds {source}, which is not there"
+
+
+def test_what_a_cell_wrote_as_markdown_is_shown_as_markdown(site, pages):
+    assert re.search(r"<td>(<p>)?after WMPO", (site / "index.html").read_text())
+    for path in pages:
+        text = re.sub(r"<(pre|code|script)\b.*?</\1>", "", path.read_text(), flags=re.S)
+        assert "|---" not in text and "| ---" not in text, path.name
+
+
+def test_a_notebook_is_called_by_its_number(site):
+    assert re.search(r"<h1>08 Rectified flow", (site / "nbs/08_flow.html").read_text())
 
 
 def test_api_pages_have_signatures_docstrings_and_shapes(site):
@@ -177,6 +189,13 @@ def test_a_phone_needs_no_sideways_scrolling(open_page, path):
     page.wait_for_load_state("load")
     assert page.evaluate("document.documentElement.scrollWidth") <= 376
     assert page.evaluate("parseFloat(getComputedStyle(document.querySelector('article p')).fontSize)") >= 14
+
+
+@pytest.mark.parametrize("width", [1024, 1280, 1600])
+def test_nor_does_a_screen(open_page, width):
+    page = open_page("nbs/12_dream.html", viewport={"width": width, "height": 900})
+    page.wait_for_load_state("load")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 def test_light_and_dark(open_page):

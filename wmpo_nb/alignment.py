@@ -30,7 +30,7 @@ from .world_model import WorldModel, action_inputs, train_world_model
 # %% ../nbs/10_alignment.ipynb #c12c0f20
 class LatentWindows:
     """All windows of encoded trajectories. `sample(generator, count)` -> latents [count, C, c + K, h, w] and actions [count, K, A],
-    normalised, as `action_inputs` tells them. A window is drawn uniformly among all whose chunk was really executed (reference 2.3),
+    normalised, as `action_inputs` tells them. A window is drawn uniformly among all whose chunk was really executed,
     but the share `chunk_starts` only among those that begin at a multiple of the chunk, as all do in a dream."""
     def __init__(self, latents, actions_n, length, config: WorldModelConfig):
         self.latents, self.actions_n = latents, actions_n         # half [B, T+1, C, h, w], float32 [B, T, 7]
@@ -159,7 +159,7 @@ def load_world_model(path, config: WorldModelConfig | None = None, preset: Prese
 @torch.no_grad()
 def imagine_trajectory(world_model: WorldModel, first: torch.Tensor, actions_n: torch.Tensor, generator: torch.Generator,
                        steps: int | None = None) -> torch.Tensor:
-    "Dream from first latents [B, C, 1, h, w] along normalised actions [B, T, 7]: latents [B, C, T + 1, h, w] (reference 8)."
+    "Dream from first latents [B, C, 1, h, w] along normalised actions [B, T, 7]: latents [B, C, T + 1, h, w]."
     context, chunk = world_model.config.context_frames, world_model.config.chunk_size
     video = first.repeat(1, 1, context, 1, 1)
     for actions in action_inputs(actions_n, world_model.config.action_history).split(chunk, 1):

@@ -87,7 +87,7 @@ class Evaluation:
 # %% ../nbs/15_evaluation.ipynb #d46e112d
 def evaluate(policy, world, states: list[InitialState], *, chunks: int, batch: int = 32, seed: int = 0,
              temperature: float = 0.0, progress=iter) -> Evaluation:
-    """One trial of `chunks` chunks from each of `states`, `batch` at a time (reference 10); greedy at temperature 0.
+    """One trial of `chunks` chunks from each of `states`, `batch` at a time; greedy at temperature 0.
     `progress` wraps a list with an entry for each round of batches, for instance in a progress bar. Processes share the batches."""
     starts, (rank, total) = list(range(0, len(states), batch)), processes()
     if isinstance(policy, torch.nn.Module): policy.eval()

@@ -41,7 +41,7 @@ def sample_timesteps(count, generator, shift=1.0):
 # %% ../nbs/08_flow.ipynb #af16f35a
 def resolution_shift(height, width, frames, scale=1.0):
     """Upstream's shift for `height x width` pixels: sqrt(height width) / 512, doubled for videos, times `scale`.
-    It is 1 for 256 x 256 videos (upstream always counts 4 frames: oddity O20)."""
+    It is 1 for 256 x 256 videos (upstream always counts 4 frames)."""
     return math.sqrt(height * width / 512**2) * (1 if frames == 1 else math.sqrt(4)) * scale
 
 # %% ../nbs/08_flow.ipynb #f1d36338

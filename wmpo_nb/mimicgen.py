@@ -32,7 +32,7 @@ def installed() -> bool:
     return bool(found and found.origin and (Path(found.origin).parent / "envs").is_dir())
 
 # %% ../nbs/23_mimicgen.ipynb #fe65dfe9
-# name in MimicGen: D0 is the narrow distribution of initial states, which the paper uses (reference 10)
+# name in MimicGen: D0 is the narrow distribution of initial states, which the paper uses
 ENVIRONMENTS = {"coffee": "Coffee_D0", "square": "Square_D0", "stack_three": "StackThree_D0",
                 "three_piece_assembly": "ThreePieceAssembly_D0"}
 
@@ -127,7 +127,7 @@ def set_state(self: MimicGenEnvironment, state):
 # %% ../nbs/23_mimicgen.ipynb #4c38200d
 @patch
 def reset_to(self: MimicGenEnvironment, state, scene: str | None = None):
-    "Begin at `state` float64 [D] in `scene` and let the arm settle, as the paper's evaluation does (reference 10)."
+    "Begin at `state` float64 [D] in `scene` and let the arm settle, as the paper's evaluation does."
     self.load_scene(scene)
     self.set_state(state)
     self.settle()

@@ -319,7 +319,7 @@ def compute_stats(videos: RobotVideos, episodes: int = 1000) -> ActionStats:
 @dataclass(frozen=True)
 class Conventions:
     "How windows are cut from data sets that do not agree."
-    pairing: str = "leading"                           # a frame stands beside the action "leading" to it, or the one "taken" at it (O3)
+    pairing: str = "leading"                           # a frame stands beside the action "leading" to it, or the one "taken" at it
     gripper: str = "closed"                            # "closed": -1 open, 1 closed; "open": 0 closed, 1 open
     resample: bool = True                              # thin faster videos out to the preset's rate
 
@@ -345,7 +345,7 @@ def thin_out(actions: torch.Tensor, stride: int) -> torch.Tensor:
 # %% ../nbs/29_oxe.ipynb #83756272
 class RobotWindows:
     """Windows of one data set: `counts` int64 [E] of each episode, and `window(e, s)` -> frames uint8 [c + K, size, size, 3] and
-    actions float32 [K, A] as told. The first c - 1 frames may repeat frame 0; all others are real (reference 2.5)."""
+    actions float32 [K, A] as told. The first c - 1 frames may repeat frame 0; all others are real."""
     def __init__(self, source: Source, preset: Preset, conventions: Conventions, stats=None):
         self.videos, self.conventions, self.size = RobotVideos(source), conventions, preset.task.image_size
         self.context, self.chunk, self.history = preset.world_model.context_frames, preset.world_model.chunk_size, preset.world_model.action_history
@@ -374,7 +374,7 @@ def window(self: RobotWindows, e: int, s: int) -> tuple[np.ndarray, torch.Tensor
     return self.videos.frames(e, indices.tolist(), self.size), told
 
 # %% ../nbs/29_oxe.ipynb #7ec83611
-# weight and primary camera of each data set (reference 2.5)
+# weight and primary camera of each data set
 OXE_MIXTURE = {
     "fractal20220817_data": (1.0, "image"), "kuka": (0.834, "image"), "bridge_orig": (1.0, "image_0"), "taco_play": (2.0, "rgb_static"),
     "jaco_play": (1.0, "image"), "berkeley_cable_routing": (1.0, "image"), "roboturk": (2.0, "front_rgb"), "viola": (2.0, "agentview_rgb"),

@@ -37,7 +37,7 @@ def action_ids(config: PolicyConfig) -> slice:
 
 # %% ../nbs/04_policy.ipynb #5790c488
 def tokenize_actions(normalized: torch.Tensor, config: PolicyConfig) -> torch.Tensor:
-    "Normalised actions float [..., K, 7], clipped to [-1, 1], as ids int64 [..., 7 K], step by step (reference 7)."
+    "Normalised actions float [..., K, 7], clipped to [-1, 1], as ids int64 [..., 7 K], step by step."
     edges = torch.from_numpy(np.linspace(-1, 1, config.bins)).to(normalized.device)
     bins = torch.bucketize(normalized.double().clamp(-1, 1).contiguous(), edges, right=True)
     return (action_ids(config).stop - bins).flatten(-2)
@@ -181,7 +181,7 @@ class PatchEmbedding(nn.Module):
 
 # %% ../nbs/04_policy.ipynb #b0ffb82b
 class VisionTransformer(nn.Module):
-    "A featurizer: pixels float [B, 3, S, S] to patch features [B, N, dim] of block `depth - 2` (reference 7)."
+    "A featurizer: pixels float [B, 3, S, S] to patch features [B, N, dim] of block `depth - 2`."
     def __init__(self, dim: int, depth: int, heads: int, style: str, image_size: int, patch_size: int):
         super().__init__()
         dinov2 = style == "dinov2"
@@ -341,7 +341,7 @@ def initialize(module: nn.Module):
 
 # %% ../nbs/04_policy.ipynb #420e8f32
 class OpenVLAOFT(nn.Module):
-    """Discrete OpenVLA-OFT: frames uint8 [B, H, W, 3] to chunks of `chunk_size` actions (paper 3.1, reference 7).
+    """Discrete OpenVLA-OFT: frames uint8 [B, H, W, 3] to chunks of `chunk_size` actions (paper 3.1).
 
     `stats` un-normalise the actions, `instruction` is the sentence, `tokenizer` the folder of a pretrained tokenizer.
     Methods that take frames compute in bfloat16 where the hardware does; `forward` computes in the weights' type.

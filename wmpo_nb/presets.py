@@ -121,7 +121,7 @@ class RewardConfig:
     num_heads: int = 3
     intermediate_size: int = 384
     use_mean_pooling: bool = True
-    image_mean: tuple = (0.5, 0.5, 0.5)                # (0.485, 0.456, 0.406) when scoring with the released weights, see O7
+    image_mean: tuple = (0.5, 0.5, 0.5)                # (0.485, 0.456, 0.406) when scoring with the released weights
     image_std: tuple = (0.5, 0.5, 0.5)
     threshold: float = 0.5                             # a clip at or above it is a success; selected on held-out clips when trained
     first_clip_end: int = 8                            # no verdict on clips ending before this frame (108 upstream)
@@ -308,7 +308,7 @@ def _tiny_tower(task: str, horizon: int, placement: float) -> Preset:
     return Preset(name=f"tiny_{task}", task=TaskConfig(name=task, instruction=instruction, horizon=horizon, placement=placement))
 
 # %% ../nbs/00_presets.ipynb #c7aa846c
-# horizon in control steps, verdict threshold and instruction of the released scripts (reference 1.2)
+# horizon in control steps, verdict threshold and instruction of the released scripts
 PAPER_TASKS = {
     "coffee": (256, 0.82, "coffee"),
     "square": (184, 0.96, "Insert the square into the stick"),
@@ -326,7 +326,7 @@ def _paper_policy() -> PolicyConfig:
 
 # %% ../nbs/00_presets.ipynb #2eb49e86
 def _paper_training() -> dict:
-    "Optimiser settings of the released configuration (references 1.1 and 5)."
+    "Optimiser settings of the released configuration."
     flow = WorldModelTrainConfig(steps=10_000, batch_size=128, optimizer="adamw", learning_rate=1e-4, ema=0.99,
                                  warmup_steps=1000, decay_steps=0, chunk_starts=0.0, checkpoint_every=1000)
     return dict(
@@ -360,7 +360,7 @@ def _paper_preset(task: str, budget: int) -> Preset:
         **_paper_training())
 
 # %% ../nbs/00_presets.ipynb #6d8a080c
-# what the paper's text says where the released code does something else (paper, Tables 3 and 4; reference 5)
+# what the paper's text says where the released code does something else (paper, Tables 3 and 4)
 PAPER_VALUES = {
     "stdit.context_timestep": 50.0, "world_model.context_noise": 50.0,
     "pretraining.steps": 12_000_000, "pretraining.ema": 0.9999, "pretraining.grad_clip": 0.1,
@@ -436,7 +436,7 @@ def differences(one: Preset, other: Preset) -> dict:
             if getattr(a, f.name) != getattr(b, f.name)}
 
 # %% ../nbs/00_presets.ipynb #446943fe
-# (what, paper, released code, here), for what no field of a preset says (reference 5 to 9 and 14)
+# (what, paper, released code, here), for what no field of a preset says
 OTHER_DIFFERENCES = (
     ("what the world model predicts", "the noise", "the velocity, data minus noise", "the velocity: the released weights need it"),
     ("length of the alignment", "3,000,000 steps", "not in the configuration", "`alignment.steps`; the default is our choice"),

@@ -28,7 +28,7 @@ def demonstration_windows(batch: TrajectoryBatch, stats: ActionStats, *, chunk: 
     """Frames uint8 [N, H, W, 3] and the normalised chunks float32 [N, chunk, 7] to answer them with.
 
     `labels` float [B, T, 7] replace the executed actions (a clean expert's answers while a noisy one drives, as in DART).
-    `pad_end` also takes the last steps, repeating the last action; without it windows end with the trajectory (reference 7)."""
+    `pad_end` also takes the last steps, repeating the last action; without it windows end with the trajectory."""
     starts = window_starts(batch.length + (chunk - 1 if pad_end else 0), chunk)
     trajectory, step = starts[:, 0], starts[:, 1]
     last = batch.length[trajectory, None] - 1

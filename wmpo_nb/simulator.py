@@ -420,7 +420,7 @@ def script(self: Environment, style: Style, rng):
 
 # %% ../nbs/03_simulator.ipynb #1b761734
 def script_trial(env: Environment, seed: int, style: Style) -> dict:
-    "One scripted trial from `seed`: numpy arrays frames, actions, intended and success, finish_step, length (reference 2.2)."
+    "One scripted trial from `seed`: numpy arrays frames, actions, intended and success, finish_step, length."
     task, rng = env.task, np.random.default_rng(seed)
     env.reset(seed)
     frames, executed, meant = [env.frame()], np.zeros((task.horizon, 7), np.float32), np.zeros((task.horizon, 7), np.float32)

@@ -26,7 +26,7 @@ def sinusoid(positions, inverse_frequencies):
 # %% ../nbs/07_stdit.ipynb #fb59322a
 def position_embedding(rows, columns, dim, scale, bf16=False, device=None):
     """2-D sine-cosine embedding of a `rows x columns` grid -> [rows * columns, dim] float32.
-    First half of the channels: the column; second half: the row (reference 4.3). Indices are divided by `scale`."""
+    First half of the channels: the column; second half: the row. Indices are divided by `scale`."""
     frequencies = 10_000.0 ** (-torch.arange(0, dim // 2, 2, device=device).float() / (dim // 2))
     if bf16: frequencies = frequencies.bfloat16().float()
     base_size = round(math.sqrt(rows * columns))

@@ -41,7 +41,7 @@ class ActionStats:
 # %% ../nbs/02_trajectory.ipynb #3ac6dfc6
 @patch
 def normalize(self: ActionStats, actions: torch.Tensor) -> torch.Tensor:
-    "Environment units to the world model's, float32 [..., 7]; all dimensions, no clipping (reference 2.3)."
+    "Environment units to the world model's, float32 [..., 7]; all dimensions, no clipping."
     q01, q99 = self.q01.to(actions.device), self.q99.to(actions.device)
     return (2 * (actions.double() - q01) / (q99 - q01) - 1).float()
 

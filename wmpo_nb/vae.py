@@ -103,7 +103,7 @@ def encode_pixels(self: VAE, pixels: torch.Tensor, noise: torch.Tensor | None = 
 def encode(self: VAE, frames: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
     """uint8 frames [B, T, H, W, 3] or [B, H, W, 3] to latents [B, C, T, h, w] float32 (T = 1 for single frames).
 
-    Deterministic (posterior mode) unless a `generator` is given: then the posterior is sampled, as upstream (O21).
+    Deterministic (posterior mode) unless a `generator` is given: then the posterior is sampled, as upstream.
     """
     if frames.ndim == 4: frames = frames[:, None]
     noise = None

@@ -198,7 +198,7 @@ def update(policy, optimizer, batch: TrajectoryBatch, config: GRPOConfig, *, tem
            start=None) -> dict:
     """One pass of clipped policy-gradient steps over `batch` (whole groups side by side, the first `stale` trajectories from an
     earlier iteration), the same in all processes; returns the numbers to log. Raises `FloatingPointError` instead of taking a
-    step that is not finite. (paper eq. 4, reference 9)"""
+    step that is not finite. (paper eq. 4)"""
     steps = _prepare(policy, batch, config, temperature, stale, start)
     policy.train()
     totals, norms = [], []
