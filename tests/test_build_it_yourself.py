@@ -5,6 +5,7 @@ from pathlib import Path
 
 import matplotlib
 import pytest
+import torch
 
 NOTEBOOK = Path(__file__).parent.parent / "nbs/27_build_it_yourself.ipynb"
 CELLS = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(NOTEBOOK.read_text())["cells"]]
@@ -12,7 +13,8 @@ BLANKS = {re.match(r"# your turn: (.+)", source)[1]: i for i, (kind, source) in 
           if kind == "code" and source.startswith("# your turn")}
 FOLDED = [re.search(r"<summary>Solution</summary>\n\n```python\n(.*?)```", source, re.S) for kind, source in CELLS if kind == "markdown"]
 SOLUTIONS = dict(zip(BLANKS, (found[1] for found in FOLDED if found), strict=True))
-LOOP = next(i for i, (_, source) in enumerate(CELLS) if source.startswith("## Your parts"))
+CHECKS = {name: next(source for kind, source in CELLS if source.startswith(f"check({name},")) for name in BLANKS}
+LOOP, TRAINING = (next(i for i, (_, source) in enumerate(CELLS) if source.startswith(start)) for start in ("## Your parts", "world_model, losses = "))
 
 
 def run(answers: dict, stop: int = len(CELLS)) -> dict:
@@ -25,14 +27,14 @@ def run(answers: dict, stop: int = len(CELLS)) -> dict:
 
 
 def test_the_blanks_are_blank_and_the_notebook_goes_on(capsys):
-    assert list(BLANKS) == ["modulate", "causal_attention", "velocity_target", "noisy_windows", "verdict", "advantages, policy_loss"]
+    assert list(BLANKS) == ["modulate", "causal_attention", "velocity_target", "noisy_windows", "verdict", "advantages", "policy_loss"]
     assert run({}, LOOP)["mine"] == {}
-    assert capsys.readouterr().out.count("not written yet") == 6
+    assert capsys.readouterr().out.count("not written yet") == len(BLANKS)
 
 
 def test_the_solutions_pass(capsys):
-    assert set(run(SOLUTIONS, LOOP)["mine"]) == {name for names in BLANKS for name in names.split(", ")}
-    assert capsys.readouterr().out.count("✓") == 6
+    assert set(run(SOLUTIONS, LOOP)["mine"]) == set(BLANKS)
+    assert capsys.readouterr().out.count("✓") == len(BLANKS)
 
 
 # what to replace in the solution, and what the student should read
@@ -55,13 +57,13 @@ MISTAKES = [
     ("verdict", "above.int().argmax(1)", "(scores * above).argmax(1)", "earliest"),
     ("verdict", "ends[earliest] - 1", "ends[earliest]", "has last frame 8; you say 9"),
     ("verdict", " & (ends - 1 <= length[:, None])", "", "beyond frame"),
-    ("advantages, policy_loss", ".masked_fill(alike, 0.0)", ".add(0.1)", "sum to 0"),
-    ("advantages, policy_loss", "(deviation + 1e-6)).masked_fill(alike, 0.0)", "deviation)", "nan"),
-    ("advantages, policy_loss", "groups.std(1, keepdim=True)", "groups.std(1, keepdim=True, correction=0)", "unbiased"),
-    ("advantages, policy_loss", "torch.maximum", "torch.minimum", "no more"),
-    ("advantages, policy_loss", "(losses * mask).sum(1) / mask.sum(1)", "(losses * mask).sum(1) / 5", "however long"),
-    ("advantages, policy_loss", "(losses * mask)", "losses", "however long"),
-    ("advantages, policy_loss", "1 + clip_high", "1 + clip_low", "1.28"),
+    ("advantages", ".masked_fill(alike, 0.0)", ".add(0.1)", "sum to 0"),
+    ("advantages", "(deviation + 1e-6)).masked_fill(alike, 0.0)", "deviation)", "nan"),
+    ("advantages", "groups.std(1, keepdim=True)", "groups.std(1, keepdim=True, correction=0)", "unbiased"),
+    ("policy_loss", "torch.maximum", "torch.minimum", "no more"),
+    ("policy_loss", "(losses * mask).sum(1) / mask.sum(1)", "(losses * mask).sum(1) / 5", "however long"),
+    ("policy_loss", "(losses * mask)", "losses", "however long"),
+    ("policy_loss", "1 + clip_high", "1 + clip_low", "1.28"),
 ]
 
 
@@ -71,7 +73,7 @@ def test_mistakes_are_named(name, right, wrong, told, exercises):
     names, said = exercises
     exec(SOLUTIONS[name].replace(right, wrong), names)
     said.clear()
-    names["check"](names[f"test_{'grpo' if 'advantages' in name else name}"], *(names[part] for part in name.split(", ")))
+    exec(CHECKS[name], names)
     assert len(said) == 1 and said[0].startswith("✗") and told in said[0], said
 
 
@@ -84,8 +86,40 @@ def exercises():
     return names, said
 
 
+# what the parts make of a world model with random weights, of its dream, and of a group on the board
+OUTCOME = """
+generator, world_model = torch.Generator().manual_seed(0), small_world_model()
+for parameter in world_model.parameters(): parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+with your_parts():
+    loss = world_model.loss(*sample_windows(generator, 4), generator)
+    dream = rollout(Pusher(), BoardDream(world_model, generator), starts(generator, 2), generator)[2]
+seen, did, film = rollout(Pusher(), Board(), starts(generator, 64), generator)
+success, finish = judged(film)
+log_probs = log_probs_of(Pusher(), seen, did)
+scores = use("advantages", success.float(), 8)
+outcome = loss, dream, finish, scores, use("policy_loss", log_probs, log_probs - 0.1, scores, torch.arange(16) < finish[:, None])
+"""
+
+
+@pytest.fixture(scope="module")
+def kits_outcome():
+    names = run({}, TRAINING)
+    exec(OUTCOME, names)
+    assert 0 < names["success"].sum() < 64
+    return names["outcome"]
+
+
+@pytest.mark.parametrize("name", BLANKS)
+def test_one_function_works_among_the_kits(name, kits_outcome):
+    names = run({name: SOLUTIONS[name]}, TRAINING)
+    assert set(names["mine"]) == {name} and names["parts"][name] is names["mine"][name]
+    exec(OUTCOME, names)
+    assert names["calls"][name] > 0
+    for alone, kits in zip(names["outcome"], kits_outcome): torch.testing.assert_close(alone, kits, rtol=1e-3, atol=1e-3)
+
+
 def test_the_loop_learns_with_the_students_parts():
     names = run(SOLUTIONS)
-    assert set(names["mine"]) == set(names["calls"]) and min(names["calls"].values()) > 0
+    assert set(names["mine"]) == set(names["calls"]) == set(BLANKS) and min(names["calls"].values()) > 0
     assert names["after"] > names["before"] + 0.25
-    assert names["stdit_room"].modulate is names["kit_modulate"], "the kit was left with the student's parts in it"
+    assert names["stdit_room"].modulate is names["kit"]["modulate"], "the kit was left with the student's parts in it"

@@ -22,8 +22,6 @@ WEIGHTS = sorted((PACKAGE / "weights").rglob("*.safetensors"))
 CARDS = sorted((ROOT / "data_cards").glob("*.md"))
 SETTINGS = ConfigParser(delimiters=["="])
 SETTINGS.read(ROOT / "settings.ini")
-# Notebooks that do not keep all promises of `teaching_faults` yet. Take one out of the list with the change that makes it keep them.
-UNDER_WAY = {"27_build_it_yourself"}
 HEAVY = ("robosuite", "mujoco", "diffusers", "transformers", "tensorboard", "accelerate", "av", "pyarrow", "peft")
 
 
@@ -178,8 +176,7 @@ def teaching_faults(notebook: Path) -> list[str]:
     return faults + solution_faults(cells[last + 1:])
 
 
-@pytest.mark.parametrize("notebook", [pytest.param(path, id=path.stem, marks=[pytest.mark.xfail(strict=True)] * (path.stem in UNDER_WAY))
-                                      for path in NOTEBOOKS if path.stem != "index"])
+@pytest.mark.parametrize("notebook", [path for path in NOTEBOOKS if path.stem != "index"], ids=lambda path: path.stem)
 def test_notebooks_teach(notebook):
     faults = teaching_faults(notebook)
     assert not faults, "\n".join(faults)
