@@ -392,7 +392,7 @@ ABLATIONS = {
     "alignment": {"off": {"alignment.steps": 0}},
     "dynamic sampling": {"off": {"grpo.accuracy_low": 0.0, "grpo.accuracy_high": 1.0}},
     "group size": {"4": {"grpo.group_size": 4, "grpo.groups": 16}, "16": {"grpo.group_size": 16, "grpo.groups": 4}},
-    "temperature": {str(t): {"practice.temperature": t} for t in (0.7, 1.3, 1.6)},
+    "temperature": {str(t): {"practice.temperature": t} for t in (0.4, 1.0, 1.6)},
     "horizon": {"2 chunks": {"practice.chunks": 2}},
 }
 

@@ -386,9 +386,9 @@ def load_record(folder) -> dict:
 # %% ../nbs/16_report.ipynb #f06e4e28
 def _compared(base: Evaluation, trained: Evaluation) -> dict:
     "Success of both with n and interval, their paired difference and McNemar's p."
-    def rate(e): return {"successes": int(e.success.sum()), "n": len(e.success), "interval": [round(x, 4) for x in e.interval]}
+    def rate(e): return {"successes": int(e.success.sum()), "n": len(e.success), "interval": [round(x, 6) for x in e.interval]}
     return {"base": rate(base), "wmpo": rate(trained), "mcnemar_p": mcnemar(base.success, trained.success),
-            "difference": [round(x, 4) for x in paired_difference(base.success, trained.success)]}
+            "difference": [round(x, 6) for x in paired_difference(base.success, trained.success)]}
 
 # %% ../nbs/16_report.ipynb #1dbb2526
 def _both(record: dict, key: str = "evaluations") -> list[Evaluation]:
