@@ -13,12 +13,15 @@ import test_vae
 import test_wmpo
 import test_world_model
 
+from wmpo_nb.alignment import save_world_model
+from wmpo_nb.baselines import train_dpo, train_online
 from wmpo_nb.evaluation import evaluate
 from wmpo_nb.policy import OpenVLAOFT
 from wmpo_nb.presets import WorldModelTrainConfig
 from wmpo_nb.reward import train_reward
 from wmpo_nb.run import Checkpointer, is_sharded, processes, start_processes
 from wmpo_nb.sft import train_sft
+from wmpo_nb.trajectory import rollout
 from wmpo_nb.vae import train_vae
 from wmpo_nb.wmpo import gather, train_wmpo
 from wmpo_nb.world_model import train_world_model
@@ -44,6 +47,26 @@ def practise(folder, iterations, history=None, **fields):
     return weights(policy)
 
 
+def spend(folder, history=None, stop=None):
+    "Online GRPO with 60 trials of the bandit, with checkpoints in `folder`; the policy's weights. Fails after the iteration `stop`."
+    policy = test_wmpo.new_policy()
+    def log(iteration, **numbers):
+        if history is not None: history.append(numbers)
+        if iteration == stop: raise KeyboardInterrupt
+    train_online(policy, test_wmpo.Brightness(), test_wmpo.STATES, GRPO, budget=60, chunks=2, temperature=1.0,
+                 checkpointer=Checkpointer(folder, 1), log=log)
+    return weights(policy)
+
+
+def prefer(folder, stop=None):
+    "DPO on trials of the bandit, as `spend`."
+    policy, recorded = test_wmpo.new_policy(), rollout(test_wmpo.new_policy(), test_wmpo.Brightness(), test_wmpo.STATES, chunks=2, temperature=1.0)
+    def log(step, **numbers):
+        if step == stop: raise KeyboardInterrupt
+    train_dpo(policy, recorded, GRPO, epochs=1, temperature=1.0, checkpointer=Checkpointer(folder, 1), log=log)
+    return weights(policy)
+
+
 def clone():
     torch.manual_seed(0)
     policy = OpenVLAOFT(test_policy.CONFIG, test_policy.STATS, "lift")
@@ -58,10 +81,14 @@ def autoencode():
     return weights(train_vae(test_vae.small_vae(), test_vae.some_frames(20, 8, 8), config))
 
 
-def dream():
+def dream(folder=None, steps=4, save=None, **fields):
+    "A few steps of `train_world_model`, with checkpoints in `folder`; the weights, also written to the file `save`. `fields` are replaced."
     sample = lambda generator, count: test_world_model.windows(count, int(torch.randint(99, (), generator=generator)))
-    config = WorldModelTrainConfig(batch_size=6, **ADAM)
-    return weights(train_world_model(test_world_model.small_world_model(), sample, config, seed=0))
+    config = WorldModelTrainConfig(batch_size=6, **ADAM | {"steps": steps} | fields)
+    checkpointer = Checkpointer(folder, 1) if folder else None
+    world_model = train_world_model(test_world_model.small_world_model(), sample, config, seed=0, checkpointer=checkpointer)
+    if save: save_world_model(save, world_model)
+    return weights(world_model)
 
 
 def judge():
@@ -77,8 +104,9 @@ def examine():
 def work(folder: Path) -> dict:
     start_processes()
     batch, numbers = gather(test_wmpo.new_policy(), test_wmpo.Brightness(), test_wmpo.STATES, GRPO, chunks=2, temperature=1.0, seed=0)
-    history = []
-    found = {"policy": practise(folder / "whole", 3, history)}
+    history, spent = [], []
+    found = {"policy": practise(folder / "whole", 3, history), "online": spend(folder / "online", spent), "dpo": prefer(folder / "dpo"),
+             "spent": [(numbers["spent"], numbers["success"]) for numbers in spent]}
     practise(folder / "part", 2)
     return found | {"processes": processes()[1], "batch": vars(batch), "success": numbers["success"], "history": history,
                     "sft": clone(), "vae": autoencode(), "world_model": dream(), "reward": judge(), "evaluation": examine()}

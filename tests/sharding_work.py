@@ -41,6 +41,14 @@ def work(folder: Path) -> dict:
     cluster_work.practise(folder / "part", 2)
     found["resumed"] = cluster_work.practise(folder / "part", 3)
     found["adapters"] = cluster_work.practise(folder / "adapters", 2, **FRUGAL)
+    for name, learn in (("online", cluster_work.spend), ("dpo", cluster_work.prefer)):
+        found[name] = learn(folder / name)
+        try: learn(folder / f"{name}_part", stop=1)
+        except KeyboardInterrupt: found[f"{name}_resumed"] = learn(folder / f"{name}_part")
+    fields = {"decay_steps": 0, "activation_checkpointing": True}
+    found["world_model"] = cluster_work.dream(folder / "world_model", save=folder / "world_model.safetensors", **fields)
+    cluster_work.dream(folder / "world_model_part", steps=2, **fields)
+    found["world_model_resumed"] = cluster_work.dream(folder / "world_model_part", **fields)
     policy = clone(folder / "sft", 4)
     found["sft"] = cluster_work.weights(policy)
     policy.save_pretrained(folder / "policy")

@@ -128,11 +128,6 @@ def test_adapters_want_a_policy_to_begin_with(capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_baselines_say_that_they_train_all_weights(capsys, tmp_path):
-    from wmpo_nb.baselines import main
-    assert "trains all weights" in refusal(main, capsys, "grpo", "--grpo.lora_rank", "4", "--output", str(tmp_path / "out"))
-
-
 # --- activation checkpointing --------------------------------------------------------------------------------------
 
 def kept_and_gradients(module, loss):

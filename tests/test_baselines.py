@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from helpers import SMALL, STATS, refusal
-from wmpo_nb.baselines import (Metered, affordable, batch_variants, dpo_coefficients, dpo_loss, main, pair_up, train_dpo, train_online,
-                               dpo_step, trajectory_log_probs)
+from wmpo_nb.baselines import (affordable, batch_variants, dpo_coefficients, dpo_loss, dpo_step, main, pair_up, train_dpo, train_online,
+                               trajectory_log_probs)
 from wmpo_nb.grpo import action_mask
 from wmpo_nb.policy import OpenVLAOFT
 from wmpo_nb.presets import GRPOConfig, Preset, UserError
-from wmpo_nb.run import Checkpointer, Run, read_metrics
+from wmpo_nb.run import Checkpointer, Diverged, Run, read_metrics
 from wmpo_nb.trajectory import InitialState, rollout
 
 CONFIG = GRPOConfig(group_size=4, groups=4, max_draws=2, mini_batch=8, micro_batch=4, learning_rate=1e-3)
@@ -46,6 +46,22 @@ class Brightness:
         bright = batch.frames[:, :, 0, 0, 0] >= 100 + 400 * self.needed
         batch.success = bright.any(1)
         batch.finish_step = torch.where(batch.success, bright.int().argmax(1), batch.length)
+        return batch
+
+
+class Metered:
+    "A world that counts what is asked of it: `trials` begun, and control `steps` of those that were judged."
+    def __init__(self, world): self.world, self.trials, self.steps = world, 0, 0
+
+    def reset(self, states, streams):
+        self.trials += len(states)
+        return self.world.reset(states, streams)
+
+    def step(self, actions): return self.world.step(actions)
+
+    def judge(self, batch):
+        batch = self.world.judge(batch)
+        self.steps += int(batch.length.sum())
         return batch
 
 
@@ -78,17 +94,19 @@ def online(budget, world=None, config=CONFIG, **options):
 @pytest.mark.parametrize("budget", [4, 17, 50, 64, 131])
 @pytest.mark.parametrize("variant", ["large", "small"])
 def test_the_budget_is_spent_and_never_exceeded(budget, variant):
-    "Counted by the world, not by the loop."
-    world = online(budget, config=batch_variants(CONFIG)[variant])[1]
+    "Counted by the world, not by the loop. Draws that are to be rounded up, to feed many processes, are not: they would cost."
+    rows = []
+    world = online(budget, config=replace(batch_variants(CONFIG)[variant], draw_multiple=16), log=lambda i, **n: rows.append(n))[1]
     assert budget - CONFIG.group_size < world.trials <= budget
-    assert world.steps == world.trials * 16
+    assert rows[-1]["spent"] == world.trials and sum(row["trajectories"] for row in rows) == world.trials
+    assert sum(row["frames"] for row in rows) == world.steps == world.trials * 16
 
 
 def test_trials_without_a_lesson_cost_as_much():
     rows = []
     policy, world = online(64, Never(), log=lambda i, **n: rows.append(n))
     assert 60 < world.trials <= 64 and torch.equal(weights(policy), weights(new_policy()))
-    assert rows and all(row["groups"] == 0 and math.isnan(row["success"]) for row in rows)
+    assert rows and all(row["groups"] == row["success"] == 0 for row in rows)
 
 
 def test_a_budget_below_one_group_is_refused():
@@ -184,6 +202,36 @@ def test_dpo_learns_the_preference_and_resumes_to_the_bit(recorded, tmp_path):
     assert rows[-1]["chosen"] > rows[-1]["rejected"]
     with pytest.raises(KeyboardInterrupt): train(new_policy(), tmp_path, stop=3)
     assert torch.equal(train(new_policy(), tmp_path), whole)
+
+
+def test_adapters_are_all_that_changes(recorded, tmp_path):
+    "Both baselines take the policy's options; the base weights stay, and what is saved has the adapters merged."
+    frugal = replace(CONFIG, lora_rank=2, activation_checkpointing=True)
+    for policy in (online(40, config=frugal)[0], train_dpo(new_policy(), recorded, frugal, epochs=1, temperature=1.0)):
+        adapters = {name for name, _ in policy.named_parameters() if ".lora_" in name}
+        start, kept = dict(new_policy().named_parameters()), {name.replace(".base_layer", ""): p for name, p in policy.named_parameters()
+                                                              if name not in adapters}
+        assert adapters and all(torch.equal(kept[name], p) for name, p in start.items())
+        policy.save_pretrained(tmp_path)
+        assert not torch.equal(weights(OpenVLAOFT.from_pretrained(tmp_path)), weights(new_policy()))
+
+
+@pytest.mark.parametrize("method", ["grpo", "dpo"])
+def test_numbers_that_are_not_finite_name_the_checkpoint(recorded, method, tmp_path):
+    policy, calls = new_policy(), []
+    original = policy.log_probs_and_entropy
+
+    def poisoned(*arguments):
+        calls.append(1)
+        log_probs, entropy = original(*arguments)
+        return (log_probs * float("nan") if list(tmp_path.glob("step_000001")) else log_probs), entropy
+
+    policy.log_probs_and_entropy = poisoned
+    options = dict(temperature=1.0, checkpointer=Checkpointer(tmp_path, 1))
+    with pytest.raises(Diverged, match=r"not finite at step 1\. Last checkpoint: .*step_000001"):
+        if method == "dpo": train_dpo(policy, recorded, CONFIG, **options)
+        else: train_online(policy, Brightness(), STATES, CONFIG, budget=100, chunks=2, **options)
+    assert calls
 
 
 def message(capsys, *arguments): return refusal(main, capsys, *arguments)

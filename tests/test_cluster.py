@@ -46,11 +46,18 @@ def test_two_processes_dream_the_same_to_the_last_bit(found):
         for name, value in alone["batch"].items(): assert torch.equal(value.nan_to_num(), each["batch"][name].nan_to_num()), name
 
 
-@pytest.mark.parametrize("stage", ["policy", "sft", "vae", "world_model", "reward"])
+@pytest.mark.parametrize("stage", ["policy", "online", "dpo", "sft", "vae", "world_model", "reward"])
 def test_two_processes_learn_the_same(found, stage):
     alone, two, _ = found
     assert torch.equal(two[0][stage], two[1][stage]), "the processes have drifted apart"
     torch.testing.assert_close(two[0][stage], alone[stage], atol=1e-5, rtol=0)
+
+
+def test_two_processes_spend_the_same_budget(found):
+    "Trials that a process repeats to keep in step with the other are not counted twice."
+    alone, two, _ = found
+    assert len(alone["spent"]) > 1 and 56 < alone["spent"][-1][0] <= 60
+    assert all(each["spent"] == alone["spent"] for each in two)
 
 
 def test_two_processes_examine_the_same(found):
@@ -236,7 +243,7 @@ def parts(tmp_path_factory):
 
 def test_practice_killed_and_resumed_ends_with_the_same_weights(parts, tmp_path):
     "wmpo-train itself, in a dream of random networks, with groups that wait in the checkpoint."
-    assert soak.soak("grpo", parts, tmp_path, kills=1) <= 1
+    assert soak.soak("grpo", parts, tmp_path, kills=1) >= 1
     entries = read_metrics(tmp_path / "unbroken")
     assert any(entry["surplus"] for entry in entries), "nothing ever waited: choose other parts"
     wanted = {"success", "kept_share", "approx_kl", "start_kl", "clip_fraction", "entropy", "grad_norm", "frames_per_second", "memory_mb",
@@ -251,10 +258,10 @@ def test_practice_killed_and_resumed_ends_with_the_same_weights(parts, tmp_path)
 
 def test_sigterm_ends_a_command_with_zero_and_resume_goes_on(parts, tmp_path):
     words = soak.command("sft", parts, tmp_path / "run")
-    assert soak.end_early(words, tmp_path / "run", 0.0, signal.SIGTERM) == 0, "over before the signal, or not heeded"
+    assert soak.end_early(words, tmp_path / "run", 0.0, signal.SIGTERM, "metrics.jsonl") == 0, "over before the signal, or not heeded"
     assert not (tmp_path / "run/policy/model.safetensors").exists()
     step = max(int(path.name.split("_")[1]) for path in (tmp_path / "run/checkpoints").glob("step_*"))
     soak.finish([*words, "--resume"])
-    assert (tmp_path / "run/policy/model.safetensors").exists() and 0 < step < soak.TRAINING["sft"]["sft.steps"]
+    assert (tmp_path / "run/policy/model.safetensors").exists() and 0 < step < soak.STAGES["sft"]["sft.steps"]
     steps = [entry["step"] for entry in read_metrics(tmp_path / "run")]
     assert steps == sorted(set(steps)), "an entry twice"

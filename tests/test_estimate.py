@@ -6,10 +6,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from wmpo_nb import estimate as module
 from wmpo_nb.alignment import make_world_model
@@ -18,6 +20,9 @@ from wmpo_nb.estimate import (
     rollout_buffers, step_of, this_device, training_memory)
 from wmpo_nb.policy import OpenVLAOFT
 from wmpo_nb.presets import UserError, load_preset, override
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+from checkpointing import policy_case, world_model_case
 
 TINY = load_preset("tiny_lift")
 CPU = Setup(this_device() if not torch.cuda.is_available() else Device("cpu", 16 * GIB, 1e11),
@@ -127,9 +132,10 @@ def peak_allocated(function):
     return peak
 
 
-def test_memory_of_a_real_policy_update_is_within_a_quarter():
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_memory_of_a_real_policy_update_is_within_a_quarter(checkpointing):
     from accelerate import Accelerator
-    from wmpo_nb.run import make_optimizer
+    from wmpo_nb.run import checkpoint_blocks, make_optimizer
     from wmpo_nb.trajectory import ActionStats, TrajectoryBatch
     from wmpo_nb.wmpo import update
     policy = OpenVLAOFT(TINY.policy, ActionStats.from_actions(torch.rand(50, 7)), "lift")
@@ -138,13 +144,33 @@ def test_memory_of_a_real_policy_update_is_within_a_quarter():
     steps = torch.full((n,), 8 * chunks)
     batch = TrajectoryBatch(torch.zeros(n, chunks + 1, 64, 64, 3, dtype=torch.uint8), torch.zeros(n, 8 * chunks, 7), tokens, tokens.float(),
                             torch.arange(n) % 2 == 0, steps, steps, torch.arange(n), torch.arange(n))
-    optimizer = make_optimizer(policy.named_parameters(), config)
+    optimizer = make_optimizer(checkpoint_blocks(policy, checkpointing).named_parameters(), config)
     step = partial(update, policy, optimizer, batch, config, temperature=1.6, accelerator=Accelerator(cpu=True))
     step()                                         # makes the optimiser's state
     optimizer.zero_grad()
     lasting = sum(p.nbytes for p in policy.parameters()) + sum(t.nbytes for s in optimizer.state.values() for t in s.values())
-    expected = sum(training_memory(step_of(TINY, "grpo", bf16=CPU.bf16, gpu=False), CPU).values())
+    expected = sum(training_memory(step_of(TINY, "grpo", bf16=CPU.bf16, gpu=False, checkpointing=checkpointing), CPU).values())
     measured = lasting + peak_allocated(step)
+    print(expected / 2**20, measured / 2**20)
+    assert abs(expected / measured - 1) < 0.25, (expected, measured)
+
+
+@pytest.mark.parametrize("stage, checkpointing", [("grpo", False), ("grpo", True), ("alignment", False), ("alignment", True)])
+def test_memory_beside_the_weights_is_within_a_quarter(stage, checkpointing):
+    "Activations and casts alone, which is what checkpointing is about, in networks twice as deep: forward and backward, gradients there already."
+    from wmpo_nb.run import checkpoint_blocks, fast_precision
+    deep = load_preset("tiny_lift", {"policy.num_layers": "8", "policy.vision_depths": "[8]", "stdit.depth": "8", "alignment.batch_size": "8",
+                                     "grpo.micro_batch": "4"})
+    torch.manual_seed(0)
+    network, loss = (policy_case if stage == "grpo" else world_model_case)(replace(deep, pretraining=deep.alignment))
+    checkpoint_blocks(network.train(), checkpointing)
+    def compute():
+        with fast_precision("cpu"): value = loss()
+        value.backward()
+    compute()                                      # makes the gradients
+    step = step_of(deep, stage, bf16=CPU.bf16, gpu=False, checkpointing=checkpointing)
+    expected, measured = max(step.curve)[0] + step.casts, peak_allocated(compute)
+    print(expected / 2**20, measured / 2**20)
     assert abs(expected / measured - 1) < 0.25, (expected, measured)
 
 
@@ -155,7 +181,7 @@ def test_memory_of_real_imagination_is_within_a_quarter():
         with torch.autocast("cpu", torch.bfloat16, enabled=CPU.bf16): world_model.imagine(context, actions, noise)
     _, expected, flops = module._world_model_call(TINY, 16, bf16=CPU.bf16, gpu=False)
     assert abs(expected / peak_allocated(imagine) - 1) < 0.25
-    with module.FlopCounterMode(display=False) as count: imagine()
+    with FlopCounterMode(display=False) as count: imagine()
     assert abs(flops / count.get_total_flops() - 1) < 0.01
 
 
@@ -236,7 +262,7 @@ def test_adapters_and_checkpointing_are_counted():
 def test_only_what_a_stage_can_do_is_proposed(stage, able):
     near, far = module._setups(replace(CPU, processes=2), stage, (4,))
     assert any(s.checkpointing for s in near) == any(s.checkpointing for s in far) == able
-    assert any(s.sharding == "fsdp" for s in near) == (stage == "sft")
+    assert any(s.sharding == "fsdp" for s in near) == (stage != "vae_training")
 
 
 # ------------------------------------------------------------------------------- saying no

@@ -8,6 +8,7 @@ import torch
 from test_cluster import ROOT, accelerate
 from torch.distributed.checkpoint import FileSystemReader
 
+from wmpo_nb.alignment import load_world_model
 from wmpo_nb.policy import OpenVLAOFT
 from wmpo_nb.presets import UserError
 
@@ -28,7 +29,9 @@ def found(tmp_path_factory):
         patch.setenv("WMPO_PRECISION", "fp32")
         history = []
         whole = {"policy": cluster_work.practise(alone / "whole", 3, history), "sft": cluster_work.weights(sharding_work.clone(alone / "sft", 4)),
-                 "adapters": cluster_work.practise(alone / "adapters", 2, **sharding_work.FRUGAL), "history": history}
+                 "online": cluster_work.spend(alone / "online"), "dpo": cluster_work.prefer(alone / "dpo"),
+                 "adapters": cluster_work.practise(alone / "adapters", 2, **sharding_work.FRUGAL), "history": history,
+                 "world_model": cluster_work.dream(decay_steps=0)}
     return whole, [torch.load(two / f"found_{rank}.pt", weights_only=True) for rank in (0, 1)], two
 
 
@@ -38,7 +41,7 @@ def test_each_process_holds_half(found):
         assert each["processes"] == 2 and 0.4 * total < held < 0.6 * total
 
 
-@pytest.mark.parametrize("stage", ["policy", "sft", "adapters"])
+@pytest.mark.parametrize("stage", ["policy", "online", "dpo", "sft", "adapters", "world_model"])
 def test_sharded_processes_learn_the_same(found, stage):
     alone, two, _ = found
     assert torch.equal(two[0][stage], two[1][stage])
@@ -48,24 +51,26 @@ def test_sharded_processes_learn_the_same(found, stage):
 
 def test_a_sharded_run_is_resumed_to_the_same_bits(found):
     for each in found[1]:
-        assert torch.equal(each["policy"], each["resumed"]) and torch.equal(each["sft"], each["sft_resumed"])
+        assert torch.equal(each["policy"], each["resumed"])
+        for stage in ("online", "dpo", "sft", "world_model"): assert torch.equal(each[stage], each[f"{stage}_resumed"]), stage
 
 
 def test_checkpoints_hold_slices_and_no_whole(found):
     folder = found[2]
-    for name in ("whole", "sft"):
+    for name in ("whole", "sft", "online", "dpo", "world_model"):
         newest = sorted((folder / name).glob("step_*"))[-1]
         slices = sorted((newest / "shards").glob("*.distcp"))
         assert len(slices) == 2 and min(path.stat().st_size for path in slices) > 0.8 * max(path.stat().st_size for path in slices)
-        assert "policy" not in torch.load(newest / "state.pt", weights_only=True)["objects"]
+        assert not {"policy", "world_model", "ema", "optimizer"} & torch.load(newest / "state.pt", weights_only=True)["objects"].keys()
         assert len(list((folder / name).glob("step_*"))) == 2 and not list((folder / name).glob("*.tmp")), "pruned, and complete"
     adapters = FileSystemReader(sorted((folder / "adapters").glob("step_*"))[-1] / "shards").read_metadata().state_dict_metadata
     kept = [key for key in adapters if key.startswith(("policy.", "optimizer.state."))]
     assert kept and all(".lora_" in key for key in kept), "more than the adapters"
 
 
-def test_the_saved_policy_is_whole(found):
+def test_what_is_saved_is_whole(found):
     _, two, folder = found
+    assert torch.equal(cluster_work.weights(load_world_model(folder / "world_model.safetensors")), two[0]["world_model"])
     policy = OpenVLAOFT.from_pretrained(folder / "policy")
     assert torch.equal(cluster_work.weights(policy), two[0]["sft"])
 

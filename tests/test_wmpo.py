@@ -237,7 +237,7 @@ def test_a_number_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_pat
         return log_probs * float("nan"), entropy
 
     policy.log_probs_and_entropy = poisoned
-    with pytest.raises(RuntimeError, match=r"not finite in iteration 1; last checkpoint: .*step_000001"):
+    with pytest.raises(RuntimeError, match=r"not finite at step 1. Last checkpoint: .*step_000001"):
         train(policy, config=replace(CONFIG, iterations=2), checkpointer=Checkpointer(tmp_path, 1))
     assert calls and torch.equal(weights(policy), good)
 

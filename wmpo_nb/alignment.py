@@ -19,7 +19,7 @@ import torch
 from .presets import Preset, STDiTConfig, UserError, WorldModelConfig, WorldModelTrainConfig
 from .policy import stats_entry
 from .run import (
-    Checkpointer, check_fits, command, config_of, fast_precision, is_main, load_into, load_tensors, open_run, parse_preset,
+    Checkpointer, check_fits, command, config_of, fast_precision, gathered, is_main, load_into, load_tensors, open_run, parse_preset,
     preset_parser, progress,
     save_weights)
 from .stdit import STDiT
@@ -86,9 +86,10 @@ def align(world_model: WorldModel, windows: LatentWindows, config: WorldModelTra
 
 # %% ../nbs/10_alignment.ipynb #bcbe251f
 def save_world_model(path, world_model: WorldModel, dtype: torch.dtype | None = None):
-    "Write the weights with the two configurations they need."
+    "Write the weights with the two configurations they need, in the first process. If they are sharded, all processes must call it."
     config = {"world_model": asdict(world_model.config), "stdit": asdict(world_model.stdit.config)}
-    save_weights(path, world_model, config=config, dtype=dtype)
+    weights = gathered(world_model.state_dict())
+    if is_main(): save_weights(path, weights, config=config, dtype=dtype)
 
 # %% ../nbs/10_alignment.ipynb #7f707f04
 def find_weights(path) -> Path:
@@ -215,7 +216,7 @@ def _check(args):
 @command
 def main(argv=None):
     "Console script `wmpo-train-world-model`: pre-train on, or align with, a folder of trajectories; or pre-train on robot videos."
-    args, preset = parse_preset(_parser(), argv)
+    args, preset = parse_preset(_parser(), argv, can_shard=True)
     _check(args)
     # loaded by name and only when asked: that room is above this one
     if args.pretrain: return import_module("wmpo_nb.oxe").pretrain(args, preset)
@@ -229,9 +230,8 @@ def main(argv=None):
         align(world_model, windows, config, seed=args.seed, log=lambda step, **numbers: run.log(stage, step, **numbers),
               checkpointer=run.checkpointer(config.checkpoint_every))
     run.close()
-    if is_main():
-        save_world_model(run.folder / "world_model.safetensors", world_model)
-        print(f"world model written to {run.folder / 'world_model.safetensors'}")
+    save_world_model(run.folder / "world_model.safetensors", world_model)
+    if is_main(): print(f"world model written to {run.folder / 'world_model.safetensors'}")
 
 # %% ../nbs/10_alignment.ipynb #1bc83554
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

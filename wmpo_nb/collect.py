@@ -61,9 +61,10 @@ def main(argv=None):
     args, preset = parse_preset(parser, argv)
     policy = load_policy(args.policy, preset, args.stats).to(start_processes().device)
     run = open_run(args, preset, "wmpo-collect")
-    with run.stage("collect"): batch = collect(policy, preset, run.folder / "data", seed=args.seed, workers=args.workers)
-    if not run.is_done("collect"): run.ledger.add(real_trajectories=len(batch), simulator_steps=int(batch.length.sum()))
-    run.done("collect")
+    with run.stage("collect"):
+        batch = collect(policy, preset, run.folder / "data", seed=args.seed, workers=args.workers)
+        # set, not added: a resumed run counts the shards it finds
+        run.ledger.real_trajectories, run.ledger.simulator_steps = len(batch), int(batch.length.sum())
     if is_main(): print(f"{int(batch.success.sum())} of {len(batch)} trajectories succeed; written to {run.folder / 'data'}")
 
 # %% ../nbs/18_collect.ipynb #bdb2456c

@@ -582,9 +582,8 @@ def pretrain(args, preset: Preset):
         checkpointer = run.checkpointer(config.checkpoint_every).register(stream=stream)
         train_world_model(world_model, latent_sampler(stream, vae), config, seed=args.seed, checkpointer=checkpointer, log=log)
     run.close()
-    if is_main():
-        save_world_model(run.folder / "world_model.safetensors", world_model)
-        print(f"world model written to {run.folder / 'world_model.safetensors'}")
+    save_world_model(run.folder / "world_model.safetensors", world_model)
+    if is_main(): print(f"world model written to {run.folder / 'world_model.safetensors'}")
 
 # %% ../nbs/29_oxe.ipynb #b725758f
 def _parser():

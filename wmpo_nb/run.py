@@ -5,9 +5,9 @@ __all__ = ['atomic_write', 'save_weights', 'load_weights', 'config_of', 'load_me
            'load_tensors', 'save_tensors', 'EMA', 'learning_rate_at', 'Optimizers', 'is_block_matrix', 'make_optimizer',
            'processes', 'shards', 'start_processes', 'sum_over_processes', 'wait_for_all', 'my_share', 'blocks',
            'place', 'is_sharded', 'gathered', 'ShardedOptimizer', 'prepare', 'sum_gradients', 'Stopped', 'heed_sigterm',
-           'asked_to_stop', 'stop', 'stop_if_asked', 'fast_precision', 'Diverged', 'check_finite', 'clip_gradients',
-           'optimizer_step', 'checkpoint_blocks', 'train_step', 'is_main', 'Checkpointer', 'progress', 'Ledger',
-           'read_metrics', 'make_trackers', 'Run', 'preset_parser', 'parse_preset', 'open_run', 'command']
+           'asked_to_stop', 'stop', 'stop_if_asked', 'fast_precision', 'Diverged', 'check_finite', 'naming_checkpoint',
+           'clip_gradients', 'optimizer_step', 'checkpoint_blocks', 'train_step', 'is_main', 'Checkpointer', 'progress',
+           'Ledger', 'read_metrics', 'make_trackers', 'Run', 'preset_parser', 'parse_preset', 'open_run', 'command']
 
 # %% ../nbs/01_run.ipynb #a6210534
 import argparse, dataclasses, difflib, errno, functools, io, json, math, os, pickle, random, shutil, signal, sys, textwrap, threading, time
@@ -496,6 +496,13 @@ def check_finite(loss: float, step: int, checkpointer=None, explosion: float = 1
         raise Diverged(f"the loss explodes: {loss:.3g} at step {step}, where {usual:.3g} was usual. {_last_good(checkpointer)}")
     share = 1 / min(count + 1, 50)
     checkpointer.extra["usual_loss"] = [usual + share * (abs(loss) - usual), count + 1]
+
+# %% ../nbs/01_run.ipynb #3772b2d8
+@contextmanager
+def naming_checkpoint(step: int, checkpointer=None):
+    "Inside, a `FloatingPointError` becomes `Diverged`, which names the step and the last checkpoint."
+    try: yield
+    except FloatingPointError as error: raise Diverged(f"{error} at step {step}. {_last_good(checkpointer)}") from None
 
 # %% ../nbs/01_run.ipynb #b0d37e57
 def clip_gradients(parameters, limit: float | None) -> float:

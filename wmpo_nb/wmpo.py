@@ -22,7 +22,7 @@ from .grpo import (action_mask, advantages, keep_groups, success_rewards, token_
                           weighted_policy_loss)
 from .policy import adapters_off, load_policy, prepare_policy, save_trained, trained_part
 from .presets import GRPOConfig, UserError, seeds_for
-from .run import (EMA, Checkpointer, Diverged, Run, Stopped, clip_gradients, command, is_main, my_share, open_run, parse_preset,
+from .run import (EMA, Checkpointer, Run, Stopped, clip_gradients, command, is_main, my_share, naming_checkpoint, open_run, parse_preset,
                          place, preset_parser, processes, progress, start_processes, stop_if_asked, sum_gradients, sum_over_processes)
 from .trajectory import InitialState, TrainablePolicy, TrajectoryBatch, World, load_first_frames, read_shards, rollout
 
@@ -39,7 +39,10 @@ def draw_states(states: list[InitialState], count: int, seed: int) -> list[Initi
 
 # %% ../nbs/14_wmpo.ipynb #61fa48d6
 class NothingToLearn(UserError):
-    "No group disagreed within itself: there is no advantage, and therefore no gradient."
+    "No group disagreed within itself: there is no advantage, and therefore no gradient. `numbers`: what to log of the trials."
+    def __init__(self, reason: str, numbers: dict):
+        super().__init__(reason)
+        self.numbers = numbers
 
 # %% ../nbs/14_wmpo.ipynb #e36028de
 def _explain(success: Tensor) -> str:
@@ -131,8 +134,8 @@ def gather(policy, world, states: list[InitialState], config: GRPOConfig, *, chu
         groups += kept
         outcomes.append(outcome)
     outcome = torch.cat([torch.zeros(0, 3, dtype=torch.float64), *outcomes])
-    if not groups: raise NothingToLearn(_explain(outcome[:, 0].view(-1, config.group_size) > 0))
     numbers = _numbers(outcome, len(groups) - waited, time.perf_counter() - since, config)
+    if not groups: raise NothingToLearn(_explain(outcome[:, 0].view(-1, config.group_size) > 0), numbers)
     return TrajectoryBatch.cat(groups), numbers | {"groups": len(groups), "surplus": max(0, len(groups) - config.groups)}
 
 # %% ../nbs/14_wmpo.ipynb #cb46d230
@@ -275,14 +278,11 @@ def _iteration(policy, optimizer, world, states, config, waiting: Waiting, *, ac
 # %% ../nbs/14_wmpo.ipynb #ea5a7526
 def _improve(*arguments, checkpointer, iteration, **options) -> dict:
     "One iteration; on failure the last good state is kept and named."
-    try: return _iteration(*arguments, **options)
+    try:
+        with naming_checkpoint(iteration, checkpointer): return _iteration(*arguments, **options)
     except (NothingToLearn, Stopped):
         if checkpointer: checkpointer.save(iteration)
         raise
-    except FloatingPointError as error:
-        saved = checkpointer.saved() if checkpointer else []
-        raise Diverged(f"{error} in iteration {iteration}; last checkpoint: {saved[-1] if saved else 'none'}. "
-                       "Try a smaller learning rate") from None
 
 # %% ../nbs/14_wmpo.ipynb #507af7cd
 class WithoutAdapters:

@@ -12,7 +12,7 @@ from torch import nn
 
 from .flow import add_noise, euler_sample, euler_timesteps, flow_loss, sample_timesteps, velocity_target
 from .presets import UserError, WorldModelConfig, WorldModelTrainConfig
-from .run import EMA, checkpoint_blocks, fast_precision, make_optimizer, prepare, progress, start_processes, train_step
+from .run import EMA, checkpoint_blocks, fast_precision, make_optimizer, place, prepare, progress, start_processes, train_step
 from .stdit import STDiT
 
 # %% ../nbs/09_world_model.ipynb #e7766041
@@ -96,7 +96,7 @@ def train_world_model(world_model: WorldModel, sample_windows: Callable, config:
     accelerator, generator = start_processes(), torch.Generator().manual_seed(seed)
     checkpoint_blocks(world_model.stdit, config.activation_checkpointing)
     if config.compile: world_model.stdit.compile()       # in place: the keys of the state dict stay
-    model, optimizer = prepare(accelerator, world_model.train(), make_optimizer(world_model.named_parameters(), config))
+    model, optimizer = prepare(accelerator, place(accelerator, world_model.train()), make_optimizer(world_model.named_parameters(), config))
     ema, start = EMA(world_model, config.ema), 0
     if checkpointer is not None:
         start = checkpointer.register(world_model=world_model, optimizer=optimizer, ema=ema, generator=generator).restore()
