@@ -171,6 +171,15 @@ def test_ema_of_half_precision_weights_is_kept_in_float32():
     assert ema.average["weight"].item() == pytest.approx(1.0001, abs=1e-6)    # in bfloat16 it would stay 1
 
 
+def test_an_average_without_decay_holds_no_weights_and_changes_none():
+    layer = nn.Linear(1, 1, bias=False)
+    ema = EMA(layer, 0.0)
+    nn.init.constant_(layer.weight, 2.0)
+    ema.update(layer)
+    ema.copy_to(layer)
+    assert layer.weight.item() == 2.0 and not ema.state_dict()["average"]
+
+
 def test_learning_rate_without_warmup_or_decay_is_constant():
     config = WorldModelTrainConfig(steps=10, warmup_steps=0, decay_steps=0)
     assert {learning_rate_at(step, config) for step in range(10)} == {config.learning_rate}

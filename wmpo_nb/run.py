@@ -208,23 +208,25 @@ def save_tensors(path, state: dict, shard_bytes: int = 5 * 10**9):
 
 # %% ../nbs/01_run.ipynb #69f85629
 class EMA:
-    "Exponential moving average of a module's weights, float32, with warm-up of the decay."
+    "Exponential moving average of a module's weights, float32, with warm-up of the decay. With decay 0 it keeps nothing."
 
     def __init__(self, module: nn.Module, decay: float):
         self.decay, self.updates = decay, 0
         self.average = {key: value.detach().clone().float() if value.is_floating_point() else value.detach().clone()
-                        for key, value in module.state_dict().items()}
+                        for key, value in module.state_dict().items() if decay}
 
     @torch.no_grad()
     def update(self, module: nn.Module):
         "Move towards the weights of `module`; call once after each optimiser step."
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for key, value in module.state_dict().items():
-            if value.is_floating_point(): self.average[key].lerp_(value.float(), 1 - decay)
-            else: self.average[key].copy_(value)
+        decay, state = min(self.decay, (1 + self.updates) / (10 + self.updates)), module.state_dict()
+        for key, average in self.average.items():
+            if average.is_floating_point(): average.lerp_(state[key].float(), 1 - decay)
+            else: average.copy_(state[key])
         self.updates += 1
 
-    def copy_to(self, module: nn.Module): module.load_state_dict(self.average)
+    def copy_to(self, module: nn.Module):
+        if self.average: module.load_state_dict(self.average)
+
     def state_dict(self) -> dict: return {"updates": self.updates, "average": self.average}
 
     def load_state_dict(self, state: dict):

@@ -302,10 +302,9 @@ def _start_policy(policy, config: GRPOConfig, accelerator):
 @contextmanager
 def _averaged(trained, decay: float):
     "What is trained and, with a `decay`, the running average of its weights, which it gets at the end, also at an early one."
-    parts = {"policy": trained} | ({"ema": EMA(trained, decay)} if decay else {})
-    try: yield parts
-    finally:
-        if decay: parts["ema"].copy_to(trained)
+    ema = EMA(trained, decay)
+    try: yield {"policy": trained} | ({"ema": ema} if decay else {})      # checkpoints of runs without one stay as they were
+    finally: ema.copy_to(trained)
 
 # %% ../nbs/14_wmpo.ipynb #ee22423c
 def train_wmpo(policy: TrainablePolicy, world: World, states: list[InitialState], config: GRPOConfig, *, chunks: int, temperature: float,
