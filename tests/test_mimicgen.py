@@ -202,7 +202,7 @@ def test_the_simulator_is_a_world_of_states(tmp_path):
 @needs_mimicgen
 def test_a_task_without_an_expert_says_so():
     env = MimicGenEnvironment(small("coffee", 16))
-    with pytest.raises(UserError, match="no scripted expert for coffee, only for stack_three, square"): script_trial(env, 0, Style())
+    with pytest.raises(UserError, match="no scripted expert for coffee, only for stack_three, square, three_piece_assembly"): script_trial(env, 0, Style())
     env.close()
 
 
