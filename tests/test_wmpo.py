@@ -8,10 +8,10 @@ import torch
 from helpers import SMALL, STATS
 from wmpo_nb.policy import OpenVLAOFT
 from wmpo_nb.presets import GRPOConfig, Preset, UserError
-from wmpo_nb.run import EMA, Checkpointer, Run, make_optimizer
+from wmpo_nb.run import Checkpointer, Run, make_optimizer
 from wmpo_nb.trajectory import InitialState
 from wmpo_nb.wmpo import (NothingToLearn, draw_states, forward_passes, gather, main, mix_seed, token_statistics,
-                          train_wmpo, update)
+                          train_wmpo, update, validate)
 
 CONFIG = GRPOConfig(iterations=4, group_size=4, groups=4, mini_batch=8, micro_batch=4, learning_rate=1e-3)
 torch.set_num_threads(1)       # networks this small only lose by sharing
@@ -195,20 +195,25 @@ def test_resume_gives_the_same_bits(tmp_path):
     assert not torch.equal(unbroken, weights(train(new_policy(), seed=1)))
 
 
-def test_the_policy_that_is_kept_is_an_average_over_iterations(tmp_path):
-    latest, plain = [], replace(CONFIG, ema=0.0)
+def test_the_policy_that_did_best_when_greedy_is_kept(tmp_path):
+    "One trial from each state at temperature 0, after every iteration; what is kept did no worse in any of them."
+    config, latest, validations = replace(CONFIG, validate_every=1), [], []
     policy = new_policy()
-    average = EMA(policy, 0.9)
-    def log(iteration, **numbers):
+    def log(iteration, validation, **numbers):
         latest.append(weights(policy))
-        average.update(policy)
-    train(policy, config=plain, log=log)
-    assert torch.equal(weights(policy), latest[-1])
-    kept = weights(train(new_policy(), config=replace(CONFIG, ema=0.9)))
-    average.copy_to(policy)
-    assert torch.equal(kept, weights(policy)) and not torch.equal(kept, latest[-1])
-    train(new_policy(), config=replace(CONFIG, ema=0.9, iterations=2), checkpointer=Checkpointer(tmp_path, 1))
-    assert torch.equal(kept, weights(train(new_policy(seed=5), config=replace(CONFIG, ema=0.9), checkpointer=Checkpointer(tmp_path, 1))))
+        validations.append(validation)
+    train(policy, config=config, log=log)
+    kept = max(range(4), key=lambda i: (validations[i], i))
+    assert torch.equal(weights(policy), latest[kept]) and len(set(validations)) > 1
+    assert validate(policy, Brightness(), STATES, config, 2)["validation"] == max(validations)
+    train(new_policy(), config=replace(config, iterations=2), checkpointer=Checkpointer(tmp_path, 1))
+    assert torch.equal(weights(policy), weights(train(new_policy(seed=5), config=config, checkpointer=Checkpointer(tmp_path, 1))))
+
+
+def test_without_validation_the_last_policy_is_kept():
+    latest, policy = [], new_policy()
+    train(policy, config=replace(CONFIG, validate_every=0), log=lambda iteration, **numbers: latest.append((weights(policy), "validation" in numbers)))
+    assert torch.equal(weights(policy), latest[-1][0]) and not any(said for _, said in latest)
 
 
 def test_run_records_every_iteration_once_and_counts_steps(tmp_path):

@@ -224,7 +224,7 @@ class RewardTrainConfig:
 @dataclass(frozen=True)
 class GRPOConfig:
     "Group relative policy optimisation (paper, eq. 3 to 5 and Table 4)."
-    iterations: int = 20
+    iterations: int = 40
     group_size: int = 8                                # G
     groups: int = 8                                    # informative groups per iteration
     max_draws: int = 2                                 # rounds of `groups` fresh states before an iteration settles for fewer
@@ -240,7 +240,7 @@ class GRPOConfig:
     accuracy_low: float = 0.1                          # groups outside [low, high] teach nothing and are dropped
     accuracy_high: float = 0.9
     grad_clip: float = 1.0
-    ema: float = 0.0                                   # decay, an iteration, of an average of the weights that becomes the policy (0: the last weights)
+    validate_every: int = 5                            # iterations between greedy trials in the world, from every start; the best policy is kept (0: the last)
     lora_rank: int = 0                                 # train low-rank adapters of this rank beside frozen weights (0: all weights)
     activation_checkpointing: bool = False             # keep only each block's input and compute the rest again: less memory, a third more work
     videos_every: int = 5                              # iterations between films of a group of siblings, in the run's folder (0: none)
@@ -338,7 +338,7 @@ def _paper_training() -> dict:
                                           decay_steps=0, ema=0.0, margin=8, hard_steps=0, mining=1, image_shift=0, jitter=0.0,
                                           pixel_noise=0.0, checkpoint_every=500),
         grpo=GRPOConfig(iterations=100, groups=64, max_draws=4, draw_multiple=64, start_kl=False, mini_batch=128, micro_batch=1,
-                        learning_rate=5e-6),
+                        learning_rate=5e-6, validate_every=0),
         evaluation=EvaluationConfig(states=128))
 
 # %% ../nbs/00_presets.ipynb #58896abb

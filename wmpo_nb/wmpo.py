@@ -2,12 +2,11 @@
 
 # %% auto #0
 __all__ = ['mix_seed', 'draw_states', 'NothingToLearn', 'decision_frames', 'try_states', 'gather', 'forward_passes',
-           'token_statistics', 'kl_to_start', 'update', 'Waiting', 'film_strip', 'Filmed', 'WithoutAdapters',
-           'train_wmpo', 'dream_starts', 'main']
+           'token_statistics', 'kl_to_start', 'update', 'Waiting', 'film_strip', 'Filmed', 'WithoutAdapters', 'Best',
+           'validate', 'train_wmpo', 'dream_starts', 'main']
 
 # %% ../nbs/14_wmpo.ipynb #d59f5307
 import math, resource, sys, time
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import fields, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from .grpo import (action_mask, advantages, keep_groups, success_rewards, token_
                           weighted_policy_loss)
 from .policy import adapters_off, load_policy, prepare_policy, save_trained, trained_part
 from .presets import GRPOConfig, UserError, seeds_for
-from .run import (EMA, Checkpointer, Run, Stopped, clip_gradients, command, is_main, my_share, naming_checkpoint, open_run, parse_preset,
+from .run import (Checkpointer, Run, Stopped, clip_gradients, command, is_main, my_share, naming_checkpoint, open_run, parse_preset,
                          place, preset_parser, processes, progress, start_processes, stop_if_asked, sum_gradients, sum_over_processes)
 from .trajectory import InitialState, TrainablePolicy, TrajectoryBatch, World, load_first_frames, read_shards, rollout
 
@@ -299,37 +298,70 @@ def _start_policy(policy, config: GRPOConfig, accelerator):
     return WithoutAdapters(policy) if config.lora_rank else place(accelerator, deepcopy(policy).eval().requires_grad_(False))
 
 # %% ../nbs/14_wmpo.ipynb #b7f4d2e1
-@contextmanager
-def _averaged(trained, decay: float):
-    "What is trained and, with a `decay`, the running average of its weights, which it gets at the end, also at an early one."
-    ema = EMA(trained, decay)
-    try: yield {"policy": trained} | ({"ema": ema} if decay else {})      # checkpoints of runs without one stay as they were
-    finally: ema.copy_to(trained)
+class Best:
+    "The weights with which `trained` did best when the policy was greedy, and how well: `success`, the share of all starts."
+    def __init__(self, trained):
+        self.trained, self.success = trained, -1.0
+        self.weights = {key: value.detach().clone() for key, value in trained.state_dict().items()}
+
+    @torch.no_grad()
+    def offer(self, success: float):
+        "Keep the present weights if they are no worse than the ones kept."
+        if success < self.success: return
+        self.success = success
+        for key, value in self.trained.state_dict().items(): self.weights[key].copy_(value)
+
+    def restore(self):
+        if self.success >= 0: self.trained.load_state_dict(self.weights)
+
+    def state_dict(self) -> dict: return {"success": self.success, "weights": self.weights}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict):
+        self.success = state["success"]
+        for key, value in state["weights"].items(): self.weights[key].copy_(value)
+
+# %% ../nbs/14_wmpo.ipynb #c2d9e4f7
+@torch.no_grad()
+def validate(policy, world, states: list[InitialState], config: GRPOConfig, chunks: int) -> dict:
+    "One greedy trial from each of `states`, shared by all processes: `validation`, the share of successes, and `frames`."
+    policy.eval()
+    alone = replace(config, group_size=1, rollout_groups=config.rollout_groups * config.group_size)
+    _, outcome = try_states(policy, world, states, alone, chunks=chunks, temperature=0.0, seed=0)
+    return {"validation": float(outcome[:, 0].mean()), "frames": int(outcome[:, 1].sum())}
+
+# %% ../nbs/14_wmpo.ipynb #d3e8f5a6
+def _keep_best(best: Best, policy, world, states, config: GRPOConfig, iteration: int, chunks: int) -> dict:
+    "Validate every `config.validate_every` iterations; what to log."
+    if not config.validate_every or (iteration + 1) % config.validate_every: return {}
+    numbers = validate(policy, world, states, config, chunks)
+    best.offer(numbers["validation"])
+    return numbers
 
 # %% ../nbs/14_wmpo.ipynb #ee22423c
 def train_wmpo(policy: TrainablePolicy, world: World, states: list[InitialState], config: GRPOConfig, *, chunks: int, temperature: float,
                seed: int = 0, checkpointer: Checkpointer | None = None, log=None, run: Run | None = None):
     """Improve `policy`, or `config.lora_rank` adapters of it, in `world` from `states`; returns it, changed in place. (Algorithm 1)
 
-    `log(iteration, **numbers)` is called once per iteration; by default it is `run.log`. With a `checkpointer` it goes on where
-    it stopped, with the same result. Several processes share the work, with the same result but for rounding. Raises
-    `NothingToLearn`, `Diverged` on numbers not finite, `Stopped` on SIGTERM."""
+    `log(iteration, **numbers)`, by default `run.log`, is called once per iteration. With a `checkpointer` it goes on where it
+    stopped; that and several processes change the result by rounding at most. Raises `NothingToLearn`, `Diverged`, `Stopped`."""
     accelerator, waiting, world = start_processes(), Waiting(), Filmed(world)
     start = _start_policy(policy, config, accelerator)
     policy, optimizer = prepare_policy(accelerator, policy, config, seed)
+    best = Best(trained_part(policy))
     if run and log is None: log = lambda iteration, **numbers: run.log("grpo", iteration, **numbers)
-    with _averaged(trained_part(policy), config.ema) as parts:
-        first = _restore(checkpointer, run, optimizer=optimizer, waiting=waiting, **parts)
+    first = _restore(checkpointer, run, policy=best.trained, optimizer=optimizer, waiting=waiting, best=best)
+    try:
         for iteration in progress(config.iterations, "grpo", first):
             world.film = None if run and config.videos_every and iteration % config.videos_every == 0 else ()
             numbers = _improve(policy, optimizer, world, states, config, waiting, chunks=chunks, temperature=temperature,
-                               seed=mix_seed(seed, iteration), checkpointer=checkpointer, iteration=iteration,
-                               accelerator=accelerator, start=start)
-            if "ema" in parts: parts["ema"].update(parts["policy"])
+                               seed=mix_seed(seed, iteration), checkpointer=checkpointer, iteration=iteration, accelerator=accelerator, start=start)
             if run: run.ledger.add(optimiser_steps=numbers["optimiser_steps"])
-            if log: log(iteration, **numbers)
             if world.film: run.film("grpo", iteration, world.film)
+            tried = _keep_best(best, policy, world, states, config, iteration, chunks)
+            if log: log(iteration, **numbers | tried | {"frames": numbers["frames"] + tried.get("frames", 0)})
             if checkpointer: checkpointer.maybe_save(iteration + 1)
+    finally: best.restore()
     return policy.eval()
 
 # %% ../nbs/14_wmpo.ipynb #6a662ff5
