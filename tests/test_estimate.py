@@ -250,8 +250,10 @@ def test_frozen_parameters_cost_nothing_to_train():
 
 def test_adapters_and_checkpointing_are_counted():
     whole = estimate(TINY, "sft", CPU)
+    assert estimate(override(TINY, "sft.ema", "0"), "sft", CPU).memory["average"] == 0 < whole.memory["average"]
     adapted = estimate(override(TINY, "sft.lora_rank", "4"), "sft", CPU)
-    for part in ("gradients", "optimiser", "average"): assert adapted.memory[part] < 0.3 * whole.memory[part]
+    # (gradients are 0 here: at the moment of most memory, when the backward pass begins, there are none yet)
+    for part in ("optimiser", "average"): assert adapted.memory[part] < 0.3 * whole.memory[part]
     assert whole.memory["weights"] < adapted.memory["weights"] < 1.3 * whole.memory["weights"]
     frugal = estimate(override(TINY, "sft.activation_checkpointing", "true"), "sft", CPU)
     assert frugal.memory["activations"] < 0.8 * whole.memory["activations"] and frugal.flops > 1.1 * whole.flops
