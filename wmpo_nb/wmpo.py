@@ -300,9 +300,9 @@ def _start_policy(policy, config: GRPOConfig, accelerator):
 # %% ../nbs/14_wmpo.ipynb #b7f4d2e1
 class Best:
     "The weights with which `trained` did best when the policy was greedy, and how well: `success`, the share of all starts."
-    def __init__(self, trained):
+    def __init__(self, trained, wanted: bool):
         self.trained, self.success = trained, -1.0
-        self.weights = {key: value.detach().clone() for key, value in trained.state_dict().items()}
+        self.weights = {key: value.detach().clone() for key, value in trained.state_dict().items() if wanted}
 
     @torch.no_grad()
     def offer(self, success: float):
@@ -348,7 +348,7 @@ def train_wmpo(policy: TrainablePolicy, world: World, states: list[InitialState]
     accelerator, waiting, world = start_processes(), Waiting(), Filmed(world)
     start = _start_policy(policy, config, accelerator)
     policy, optimizer = prepare_policy(accelerator, policy, config, seed)
-    best = Best(trained_part(policy))
+    best = Best(trained_part(policy), bool(config.validate_every))
     if run and log is None: log = lambda iteration, **numbers: run.log("grpo", iteration, **numbers)
     first = _restore(checkpointer, run, policy=best.trained, optimizer=optimizer, waiting=waiting, best=best)
     try:
