@@ -226,7 +226,6 @@ class EMA:
 
     def copy_to(self, module: nn.Module):
         if self.average: module.load_state_dict(self.average)
-
     def state_dict(self) -> dict: return {"updates": self.updates, "average": self.average}
 
     def load_state_dict(self, state: dict):
