@@ -216,6 +216,17 @@ def test_without_validation_the_last_policy_is_kept():
     assert torch.equal(weights(policy), latest[-1][0]) and not any(said for _, said in latest)
 
 
+def test_trials_that_only_validate_are_counted():
+    def counts(validate_every):
+        said = []
+        train(new_policy(), config=replace(CONFIG, validate_every=validate_every),
+              log=lambda iteration, **numbers: said.append((numbers["trajectories"], numbers["frames"])))
+        return torch.tensor(said)
+    more = counts(2) - counts(0)
+    assert more[:, 0].tolist() == [0, len(STATES), 0, len(STATES)]
+    assert (more[1::2, 1] > 0).all() and not more[::2, 1].any()
+
+
 def test_run_records_every_iteration_once_and_counts_steps(tmp_path):
     def session(iterations, resume):
         run = Run(tmp_path / "run", Preset(), "test", resume=resume)

@@ -324,11 +324,11 @@ class Best:
 # %% ../nbs/14_wmpo.ipynb #c2d9e4f7
 @torch.no_grad()
 def validate(policy, world, states: list[InitialState], config: GRPOConfig, chunks: int) -> dict:
-    "One greedy trial from each of `states`, shared by all processes: `validation`, the share of successes, and `frames`."
+    "One greedy trial from each of `states`, shared by all processes: `validation`, the share of successes, and what it cost."
     policy.eval()
     alone = replace(config, group_size=1, rollout_groups=config.rollout_groups * config.group_size)
     _, outcome = try_states(policy, world, states, alone, chunks=chunks, temperature=0.0, seed=0)
-    return {"validation": float(outcome[:, 0].mean()), "frames": int(outcome[:, 1].sum())}
+    return {"validation": float(outcome[:, 0].mean()), "frames": int(outcome[:, 1].sum()), "trajectories": len(outcome)}
 
 # %% ../nbs/14_wmpo.ipynb #d3e8f5a6
 def _keep_best(best: Best, policy, world, states, config: GRPOConfig, iteration: int, chunks: int) -> dict:
@@ -359,7 +359,7 @@ def train_wmpo(policy: TrainablePolicy, world: World, states: list[InitialState]
             if run: run.ledger.add(optimiser_steps=numbers["optimiser_steps"])
             if world.film: run.film("grpo", iteration, world.film)
             tried = _keep_best(best, policy, world, states, config, iteration, chunks)
-            if log: log(iteration, **numbers | tried | {"frames": numbers["frames"] + tried.get("frames", 0)})
+            if log: log(iteration, **numbers | tried | {name: numbers[name] + tried.get(name, 0) for name in ("frames", "trajectories")})
             if checkpointer: checkpointer.maybe_save(iteration + 1)
     finally: best.restore()
     return policy.eval()
