@@ -9,7 +9,7 @@ import pytest
 from wmpo_nb.evaluation import Evaluation
 from wmpo_nb.presets import UserError
 from wmpo_nb.report import (caveats, in_words, line_chart, load_record, main, nice_ticks, page, pooled, save_record,
-                            write_report, write_results)
+                            summary, write_report, write_results)
 
 VOID = {"meta", "img", "br", "line", "polyline"}
 EVIL = '<script src="http://evil.example/x.js">alert("1")</script>'
@@ -192,6 +192,18 @@ def test_sampled_trials_are_reported_beside_the_exam(seeds, tmp_path):
     assert numbers["runs"][0]["sampled"]["difference"][0] == 0.2 and numbers["sampled"]["mcnemar_p"] == 2 * 0.5**8
     write_results(tmp_path / "r", seeds)
     assert "| all | 40.0 % (16/40;" in (tmp_path / "r.md").read_text() and "sampled as in practice" in read(page(seeds[0])).text
+
+
+def test_it_says_which_policy_the_dream_chose(seeds, tmp_path):
+    assert "policy kept" not in read(page(seeds[0])).text
+    history = [{"success": 0.1 * i, "kept_share": 0.5} | ({"validation": v} if v is not None else {})
+               for i, v in enumerate([None, 0.25, None, 0.5, None, 0.5, None, 0.375])]
+    chosen = seeds[0] | {"learning": history}
+    text = read(page(chosen)).text
+    assert "The policy kept is the one of 6 iterations" in text and "50.0 %" in text and "greedy" in text
+    assert summary(chosen)["validations"] == [[2, 0.25], [4, 0.5], [6, 0.5], [8, 0.375]]
+    write_results(tmp_path / "r", [chosen])
+    assert "- seed 3: 25 (2), 50 (4), 50 (6), 38 (8)" in (tmp_path / "r.md").read_text()
 
 
 @pytest.mark.parametrize("field, value, word", [("seed", 3, "same seed"), ("preset", "tiny_stack", "different presets")])

@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['COLOURS', 'LAYOUT', 'PICTURES', 'WIDTH', 'HEIGHT', 'LEFT', 'RIGHT', 'TOP', 'BOTTOM', 'COUNTS', 'POLICY', 'BY_HAND',
            'in_words', 'escape', 'percent', 'tag', 'table', 'tile', 'interval_bar', 'nice_ticks', 'line_chart',
-           'filmstrip', 'animation', 'section', 'confusion_table', 'caveats', 'page', 'write_report', 'save_record',
-           'load_record', 'summary', 'pooled', 'results_markdown', 'write_results', 'main']
+           'filmstrip', 'animation', 'section', 'validations', 'confusion_table', 'caveats', 'page', 'write_report',
+           'save_record', 'load_record', 'summary', 'pooled', 'results_markdown', 'write_results', 'main']
 
 # %% ../nbs/16_report.ipynb #193d95d9
 import argparse, base64, html, io, json, math, sys
@@ -224,18 +224,32 @@ def _headline(record: dict) -> str:
     return (_success(record, "evaluations", "Success in the real simulator")
             + _success(record, "sampled", "In the real simulator, sampled as in practice"))
 
+# %% ../nbs/16_report.ipynb #5c0f7d21
+def validations(history: list[dict]) -> list[tuple]:
+    "(iterations practised, share of greedy trials in the dream that succeeded), of those iterations of `history` that were asked."
+    return [(numbers.get("step", i) + 1, numbers["validation"]) for i, numbers in enumerate(history) if numbers.get("validation") is not None]
+
+
+def _kept(history: list[dict]) -> str:
+    "Which policy was kept, in words; empty if it was simply the last."
+    asked = validations(history)
+    if not asked: return ""
+    success, iterations = max((success, iterations) for iterations, success in asked)        # of equals, the latest
+    return f" The policy kept is the one of {iterations} iterations: greedy it succeeded most often in the dream, {percent(success)}."
+
 # %% ../nbs/16_report.ipynb #02f67fa1
 def _learning(record: dict) -> str:
     "What happened while practising."
     history = record.get("learning") or []
     def column(name, factor=1): return [None if h.get(name) is None else factor * h[name] for h in history]
-    charts = [line_chart({"success": column("success", 100), "informative groups": column("kept_share", 100)},
-                         "Dreams, %", "iteration", (0, 100))]
+    dreams = {"success": column("success", 100), "informative groups": column("kept_share", 100)}
+    if validations(history): dreams["greedy"] = column("validation", 100)
+    charts = [line_chart(dreams, "Dreams, %", "iteration", (0, 100))]
     for name, title in (("entropy", "Entropy, nats / token"), ("approx_kl", "Estimated KL of an update, nats / token"),
                         ("clip_fraction", "Share of clipped tokens")):
         charts.append(line_chart({name: column(name)}, title, "iteration"))
     note = tag("p", "Success here is what the dream's own judge says of sampled, exploring actions. "
-                    "It is not the result; the section above is.", class_="note") if any(charts) else ""
+                    "It is not the result; the section above is." + _kept(history), class_="note") if any(charts) else ""
     return section("Practising in the dream", note, tag("div", *charts, class_="grid2") if any(charts) else "")
 
 # %% ../nbs/16_report.ipynb #42198802
@@ -403,7 +417,8 @@ def summary(record: dict) -> dict:
     return {"preset": record["preset"], "seed": record["seed"], "command": record["command"],
             "test_seeds": [int(base.state_id.min()), int(base.state_id.max())], **_compared(base, trained), **sampled, "reward": record["reward"],
             "agreement": {name: {k: v for k, v in a.items() if k != "psnr"} for name, a in record["agreement"].items()},
-            "learning": [round(entry["success"], 4) for entry in record["learning"]], "ledger": record["ledger"],
+            "learning": [round(entry["success"], 4) for entry in record["learning"]],
+            "validations": [[i, round(success, 4)] for i, success in validations(record["learning"])], "ledger": record["ledger"],
             "versions": record["versions"]}
 
 # %% ../nbs/16_report.ipynb #d08654ee
@@ -464,7 +479,9 @@ def _reward_lines(numbers: dict) -> list[str]:
         for name, r in (("base policy", run["reward"]), ("after WMPO", run["reward"].get("after"))):
             if r: lines.append(f"| {run['seed']} | {name}, {r['trajectories']} | {r['f1']:.3f} | {r['precision']:.3f} | {r['recall']:.3f} |")
     learning = [f"- seed {run['seed']}: " + ", ".join(f"{100 * x:.0f}" for x in run["learning"]) for run in numbers["runs"]]
-    return [*lines, "", "Success in the dream by iteration, %:", "", *learning]
+    greedy = [f"- seed {run['seed']}: " + ", ".join(f"{100 * x:.0f} ({i})" for i, x in run["validations"]) for run in numbers["runs"]]
+    told = ["", "Greedy success in the dream, one trial from each first frame, % (after so many iterations); the best policy was kept:", "", *greedy]
+    return [*lines, "", "Success in the dream by iteration, sampled, %:", "", *learning, *told * any(run["validations"] for run in numbers["runs"])]
 
 # %% ../nbs/16_report.ipynb #fd35f029
 def _cost_lines(numbers: dict) -> list[str]:
