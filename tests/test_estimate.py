@@ -234,6 +234,13 @@ def test_more_of_everything_needs_more():
     assert large.hours(0.2) == pytest.approx(2 * large.hours(0.4))
 
 
+def test_greedy_trials_between_iterations_are_counted():
+    "From all 128 starts every five iterations: 25.6 trials an iteration beside the 64 it learns from."
+    work = {every: estimate(override(TINY, "grpo.validate_every", every), "grpo", CPU).flops for every in ("0", "5", "10")}
+    assert work["5"] - work["0"] == pytest.approx(2 * (work["10"] - work["0"]))
+    assert 0 < work["5"] - work["0"] < 25.6 / 64 * work["0"]
+
+
 def test_frozen_parameters_cost_nothing_to_train():
     "What low-rank adapters rely on."
     def half():

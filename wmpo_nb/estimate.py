@@ -416,7 +416,9 @@ def _estimate_grpo(preset: Preset, setup: Setup, how: dict, step: Step) -> Estim
     if not setup.gpu: memory["buffers"] = host
     passes = step.flops / grpo.micro_batch                               # of one trajectory, forward and backward
     learn = batch * passes + chunks * calls["policy"][2]                 # and once more forward, for the old log-probabilities
-    return Estimate("grpo", setup, memory, learn + chunks * sum(flops for _, _, flops in calls.values()), grpo.iterations, host)
+    dream = chunks * sum(flops for _, _, flops in calls.values())
+    if grpo.validate_every: dream *= 1 + preset.collect.trajectories / grpo.validate_every / (grpo.groups * grpo.group_size)
+    return Estimate("grpo", setup, memory, learn + dream, grpo.iterations, host)
 
 # %% ../nbs/22_estimate.ipynb #10c6b7d8
 SHARDING_STAGES = "sft", "grpo", "pretraining", "alignment"
