@@ -451,6 +451,7 @@ OTHER_DIFFERENCES = (
     ("the action beside a frame", "-", "pre-training: the one taken at it; alignment: the one leading to it", "the one leading to it"),
     ("number of an initial state", "-", "8 bits, wraps above 255", "64 bits"),
     ("states of training and evaluation", "128 for evaluation", "the same file for both", "disjoint ranges of seeds"),
+    ("which policy is reported", "-", "the best in the simulator, on the states of evaluation", "the last; tiny presets: the best in the dream (`grpo.validate_every`)"),
     ("imagined part of a success", "-", "dreamt to the horizon, then masked", "a dream ends with the chunk that succeeds"),
 )
 

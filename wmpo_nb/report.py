@@ -497,7 +497,7 @@ def _cost_lines(numbers: dict) -> list[str]:
 def results_markdown(numbers: dict) -> str:
     "`pooled` as a page."
     made = [f"- `{run['command']}`" for run in numbers["runs"]]
-    return "\n".join([f"# {numbers['preset']}", "", "Made by", "", *made, "", *_success_lines(numbers), "", *_truth_lines(numbers), "",
+    return "\n".join([f"# {numbers['preset']}: success before and after WMPO", "", "Made by", "", *made, "", *_success_lines(numbers), "", *_truth_lines(numbers), "",
                       *_reward_lines(numbers), "", *_cost_lines(numbers)]) + "\n"
 
 # %% ../nbs/16_report.ipynb #1390245d
