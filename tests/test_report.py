@@ -119,6 +119,7 @@ def test_words_match_the_test():
     base, better = (Evaluation.from_dict(outcomes(k)) for k in (10, 25))
     assert "15 were solved only afterwards and 0 only before" in in_words(base, better)
     assert "evidence" in in_words(base, better) and "1 time in 16,384" in in_words(base, better)
+    assert "1 time in a million" in in_words(base, Evaluation.from_dict(outcomes(40)))
     assert "luck" in in_words(base, Evaluation.from_dict(outcomes(12)))
     assert "no difference" in in_words(base, base)
 

@@ -27,7 +27,8 @@ def in_words(before: Evaluation, after: Evaluation) -> str:
     lost = int((before.success & ~after.success).sum())
     if won + lost == 0: return "Both policies solve exactly the same starts: there is no difference to explain."
     p = mcnemar(before.success, after.success)
-    times = f"about 1 time in {round(1 / p):,}" if p < 0.5 else "more often than not" if p < 1 else "always"
+    chance = f"about 1 time in {round(1 / p):,}" if p > 1e-6 else "less than 1 time in a million"
+    times = chance if p < 0.5 else "more often than not" if p < 1 else "always"
     verdict = ("That is rare enough to count as evidence." if p < 0.05 else
                "That is not rare enough to rule out luck.")
     return (f"Of {len(before.success)} starts, {won} were solved only afterwards and {lost} only before. If practising "
