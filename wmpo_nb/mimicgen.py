@@ -285,7 +285,7 @@ def _carry(env: MimicGenEnvironment, step: Insertion, turn: float, yaw: float):
 # %% ../nbs/23_mimicgen.ipynb #002589cc
 def _put(env: MimicGenEnvironment, step: Insertion, style: Style, rng):
     "Actions of one attempt at an `Insertion`."
-    (part, axes), (target, frame), palm = env.frame_of(step.part), env.frame_of(step.target), env.hand()[1]
+    axes, frame, palm = env.frame_of(step.part)[1], env.frame_of(step.target)[1], env.hand()[1]
     plan = least_turns(_yaw(palm), _yaw(axes), _yaw(frame), env.data.qpos[6], step)
     shift, slant = rng.normal(0, style.displacement, 3) * [1, 1, 0], rng.normal(0, style.turn)
     yield from _take(env, step, plan[0], plan[2] + slant, shift)
