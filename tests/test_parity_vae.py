@@ -38,7 +38,7 @@ def test_sampled_latents(case):
     with torch.no_grad(): close(vae.encode_pixels(TENSORS["in.x"], TENSORS[f"enc.noise_{case}"]), TENSORS[f"out.z_{case}"])
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if f"out.dec_{case}" in TENSORS])
 def test_decoded_pixels_and_frames(case):
     vae, _ = golden_vae(case)
     with torch.no_grad(): pixels = vae.decode_pixels(TENSORS[f"out.z_{case}"])
