@@ -1,4 +1,4 @@
-"What `test_sharding.py` runs in processes that share one copy of the policy: `sharding_work.py FOLDER work`, then `resume`."
+"What `test_sharding.py` runs in processes that share one copy of the policy: `sharding_work.py FOLDER work`, then `between` and `resume`."
 import os
 import sys
 from dataclasses import replace
@@ -59,6 +59,13 @@ def work(folder: Path) -> dict:
     return found
 
 
+def between(folder: Path) -> dict:
+    "How much of the weights a process holds after a forward pass, before the backward one; and where practice arrives."
+    policy = place(start_processes(), test_wmpo.new_policy())
+    policy.action_logits(test_policy.some_frames(2)).sum()
+    return {"held": numbers_held(policy), "policy": cluster_work.practise(folder / "between", 3)}
+
+
 def resume(folder: Path) -> dict:
     "What other processes read from the checkpoints of `work`, and where they arrive an iteration later."
     return {"read": cluster_work.practise(folder / "part", 3), "longer": cluster_work.practise(folder / "part", 4)}
@@ -67,5 +74,5 @@ def resume(folder: Path) -> dict:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    found = {"work": work, "resume": resume}[sys.argv[2]](folder)
+    found = {"work": work, "between": between, "resume": resume}[sys.argv[2]](folder)
     torch.save(found, folder / f"found_{os.environ.get('RANK', '0')}.pt")

@@ -98,7 +98,7 @@ def test_accelerate_reads_the_launch_configurations(path):
     arguments = launch_command_parser().parse_args(["--config_file", str(path), "-m", "wmpo_nb.wmpo"])
     _validate_launch_command(arguments)
     expected = {"one_gpu": 1, "cpu_2": 2, "fsdp2_cpu_2": 2, "four_nodes_ddp": 32, "fsdp2_32": 32}.get(path.stem, 8)
-    assert arguments.num_processes == expected and arguments.use_fsdp == path.stem.startswith("fsdp2")
+    assert arguments.num_processes == expected and arguments.use_fsdp == path.stem.startswith(("fsdp2", "zero2"))
 
 
 @pytest.mark.parametrize("variables, said", [

@@ -218,9 +218,7 @@ STEP = Step(weights=4000, casts=2000, gradients=4000, optimiser=8000, average=40
 @pytest.mark.parametrize("sharding, expected", [
     ("none", {"weights": 4000, "optimiser": 8000, "average": 4000, "copies": 2000 + 4000, "gradients": 4000, "activations": 100}),
     ("fsdp", {"weights": 1000, "optimiser": 2000, "average": 1000, "copies": 3200, "gradients": 1000, "activations": 100}),
-    ("zero1", {"weights": 2000, "optimiser": 3000, "average": 4000, "copies": 0, "gradients": 2000, "activations": 100}),
-    ("zero2", {"weights": 2000, "optimiser": 3000, "average": 4000, "copies": 0, "gradients": 0, "activations": 900}),
-    ("zero3", {"weights": 500, "optimiser": 3000, "average": 4000, "copies": 800, "gradients": 0, "activations": 900})])
+    ("zero2", {"weights": 1000, "optimiser": 2000, "average": 1000, "copies": 4000 + 400 + 2000, "gradients": 1000, "activations": 100})])
 def test_sharding(sharding, expected):
     "A thousand parameters on four processes. Which moment is the peak depends on who holds the gradients."
     assert training_memory(STEP, Setup(DEVICES["h100"], 4, sharding)) == expected
@@ -324,7 +322,7 @@ def test_setup_of_a_launch():
     assert launched_setup({}) == launched_setup({"WORLD_SIZE": "1"})
     fsdp = launched_setup({"WORLD_SIZE": "8", "ACCELERATE_USE_FSDP": "true"})
     assert (fsdp.processes, fsdp.sharding) == (8, "fsdp")
-    assert launched_setup({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}).sharding == "zero3"
+    assert launched_setup({"ACCELERATE_USE_FSDP": "true", "FSDP_RESHARD_AFTER_FORWARD": "false"}).sharding == "zero2"
 
 
 def test_setup_of_accelerate_s_configuration(tmp_path):
@@ -335,6 +333,10 @@ def test_setup_of_accelerate_s_configuration(tmp_path):
     assert (setup.processes, setup.sharding) == (16, "fsdp")
     path.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_processes: 2\nmixed_precision: bf16\nuse_cpu: false\n")
     assert (configured_setup(path, DEVICES["h100"]).processes, configured_setup(path, DEVICES["h100"]).sharding) == (2, "none")
+    assert configured_setup(Path(__file__).parent.parent / "configs/accelerate/zero2_8.yaml", DEVICES["h100"]).sharding == "zero2"
+    path.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\nnum_processes: 2\nmixed_precision: 'no'\nuse_cpu: false\n"
+                    "deepspeed_config:\n  zero_stage: 3\n")
+    with pytest.raises(UserError, match="zero2_8"): configured_setup(path, DEVICES["h100"])
     with pytest.raises(UserError, match="cannot read"): configured_setup(tmp_path / "none.yaml", DEVICES["h100"])
 
 

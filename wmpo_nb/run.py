@@ -314,10 +314,11 @@ def shards() -> bool:
 def start_processes():
     """accelerate's `Accelerator`. Joins the other processes of the launch, if there are any; a second call changes nothing.
 
-    Raises `UserError` if the launch wants DeepSpeed or the first version of FSDP: weights are spread by FSDP2 only."""
+    Raises `UserError` if the launch wants DeepSpeed's engine or the first version of FSDP: weights are spread by FSDP2 only."""
     from accelerate import Accelerator
     if _is_set("ACCELERATE_USE_DEEPSPEED") or shards() and os.environ.get("FSDP_VERSION") != "2":
-        raise UserError("weights can be spread by FSDP2 only: launch with configs/accelerate/fsdp2_8.yaml, or ddp_8.yaml to keep them whole")
+        raise UserError("weights can be spread by FSDP2 only: launch with configs/accelerate/fsdp2_8.yaml (what ZeRO-3 does) or zero2_8.yaml, "
+                        "or ddp_8.yaml to keep them whole")
     if _is_set("FSDP_ACTIVATION_CHECKPOINTING"):
         raise UserError("fsdp_activation_checkpointing is not read: leave it out, and give --STAGE.activation_checkpointing true")
     _warn_if_alone()
@@ -354,13 +355,14 @@ def blocks(module: nn.Module) -> list[nn.Module]:
 def place(accelerator, module: nn.Module) -> nn.Module:
     """`module` on this process's device: all of it, or its slices if the launch `shards`. Call it before an optimiser is made.
 
-    Sharded, all processes must call the module equally often."""
+    Sharded, all processes must call the module equally often. A block is gathered for the forward pass and again for the backward
+    pass (ZeRO-3), or once for both if the launch sets `fsdp_reshard_after_forward: false` (ZeRO-2)."""
     if not shards() or processes()[1] == 1: return module.to(accelerator.device)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     mesh = init_device_mesh(accelerator.device.type, (processes()[1],))
     for part in [*blocks(module), module]:
-        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+        fully_shard(part, mesh=mesh, reshard_after_forward=os.environ.get("FSDP_RESHARD_AFTER_FORWARD") != "false")
         # each process computes its share of a sum: nothing is to be averaged (and gloo knows no factors)
         part.set_gradient_divide_factor(1.0), part.set_force_sum_reduction_for_comms(True)
     return module
