@@ -143,6 +143,28 @@ def test_workers_do_not_change_results():
     assert seen[0][1].tolist() == [16, 16, 16]
 
 
+_WAITING = """
+import sys, time
+from wmpo_nb.presets import load_preset
+from wmpo_nb.simulator import Simulator
+if __name__ == "__main__":
+    simulator = Simulator(load_preset("tiny_lift").task, 2)
+    assert list(simulator.map(abs, [-1, 2])) == [1, 2]
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_workers_end_when_their_parent_is_killed(tmp_path):
+    "kill -9 leaves nobody behind: the pipe that the workers have inherited is closed by the last of them."
+    script = tmp_path / "waiting.py"
+    script.write_text(_WAITING)
+    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.kill()
+    assert process.communicate(timeout=60)[0] == ""
+
+
 def test_without_every_frame_the_last_of_each_chunk_is_drawn():
     states, actions = [InitialState(31, None)], torch.rand(1, 8, 7, generator=torch.Generator().manual_seed(1))
     with Simulator(TASK, 0) as full, Simulator(TASK, 0, every_frame=False) as quick:

@@ -1014,6 +1014,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'wmpo_nb.simulator.Task': ('simulator.html#task', 'wmpo_nb/simulator.py'),
                                    'wmpo_nb.simulator.Waypoint': ('simulator.html#waypoint', 'wmpo_nb/simulator.py'),
                                    'wmpo_nb.simulator._camera_quaternion': ('simulator.html#_camera_quaternion', 'wmpo_nb/simulator.py'),
+                                   'wmpo_nb.simulator._end_with': ('simulator.html#_end_with', 'wmpo_nb/simulator.py'),
                                    'wmpo_nb.simulator._make': ('simulator.html#_make', 'wmpo_nb/simulator.py'),
                                    'wmpo_nb.simulator._make_robosuite': ('simulator.html#_make_robosuite', 'wmpo_nb/simulator.py'),
                                    'wmpo_nb.simulator._pick_and_place': ('simulator.html#_pick_and_place', 'wmpo_nb/simulator.py'),

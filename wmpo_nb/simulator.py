@@ -6,10 +6,11 @@ __all__ = ['GL_PACKAGES', 'TASKS', 'TOWER_CUBES', 'MIMICGEN', 'choose_gl', 'Wayp
            'initial_states', 'script_trials', 'scripted_styles', 'collect_scripted']
 
 # %% ../nbs/03_simulator.ipynb #510d8167
-import ctypes.util, importlib.util, multiprocessing, os, sys
+import ctypes.util, importlib.util, multiprocessing, os, sys, threading
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
+from multiprocessing import connection
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -455,8 +456,15 @@ def make_environment(task: TaskConfig) -> Environment:
     return import_module("wmpo_nb.mimicgen").MimicGenEnvironment(task)       # by name: that notebook comes after this one
 
 # %% ../nbs/03_simulator.ipynb #0b5a4e32
+def _end_with(parent):
+    "End this process when `parent` ends. A worker that waits for work would not notice that its parent was killed, and stay for ever."
+    connection.wait([parent.sentinel])
+    os._exit(1)
+
 def _start_worker(task: TaskConfig):
     global _environment
+    parent = multiprocessing.parent_process()
+    if parent: threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     _environment = None            # the old one frees its renderer before the new one makes its own
     _environment = make_environment(task)
 
