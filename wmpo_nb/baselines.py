@@ -160,7 +160,7 @@ def dpo_step(policy, optimizer, batch: TrajectoryBatch, reference: Tensor, confi
     return {"loss": float(loss), "grad_norm": norm, "chosen": float(chosen.mean()), "rejected": float(rejected.mean()), **stats}
 
 # %% ../nbs/25_baselines.ipynb #71a85191
-def train_dpo(policy, batch: TrajectoryBatch, config: GRPOConfig, *, beta: float = 0.1, epochs: int = 10, temperature: float,
+def train_dpo(policy, batch: TrajectoryBatch, config: GRPOConfig, *, beta: float = 0.1, epochs: int = 2, temperature: float,
               seed: int = 0, checkpointer: Checkpointer | None = None, log=None, run: Run | None = None):
     """DPO on recorded trajectories of `policy` itself, which is also the reference (paper, appendix B); returns it, changed.
 
@@ -236,11 +236,12 @@ def run_grpo(run: Run, load_start, *, variants=("large", "small"), selection: in
     return {name: found[name] for name in variants} | {"chosen": chosen}
 
 # %% ../nbs/25_baselines.ipynb #5a70f70b
-def run_dpo(run: Run, load_start, batch: TrajectoryBatch, *, beta: float = 0.1, epochs: int = 10) -> OpenVLAOFT:
+def run_dpo(run: Run, load_start, batch: TrajectoryBatch, *, beta: float = 0.1, epochs: int = 2) -> OpenVLAOFT:
     "DPO on the P trajectories `batch` of the policy `load_start()` loads; written to `policy/`, unless that is done."
     if not run.is_done("dpo"):
+        config = replace(run.preset.grpo, learning_rate=run.preset.grpo.learning_rate / 8)        # GRPO's own ruins the policy
         with run.stage("dpo"):
-            policy = train_dpo(load_start(), batch, run.preset.grpo, beta=beta, epochs=epochs, seed=run.seed, run=run,
+            policy = train_dpo(load_start(), batch, config, beta=beta, epochs=epochs, seed=run.seed, run=run,
                                temperature=run.preset.collect.temperature, checkpointer=run.checkpointer(10))
         save_trained(run.folder / "policy", policy, policy.tokenizer)
         wait_for_all()
@@ -251,7 +252,7 @@ def run_dpo(run: Run, load_start, batch: TrajectoryBatch, *, beta: float = 0.1, 
 def _parser():
     parser = preset_parser("wmpo-baseline", "The paper's baselines at equal real budget: P is --collect.trajectories.",
                            "wmpo-baseline grpo --output runs/grpo\nwmpo-baseline grpo --variant small --collect.trajectories 512 --output runs/small\n"
-                           "wmpo-baseline dpo --policy runs/sft/policy --beta 0.1 --epochs 10 --output runs/dpo\n"
+                           "wmpo-baseline dpo --policy runs/sft/policy --beta 0.1 --epochs 2 --output runs/dpo\n"
                            "accelerate launch --config_file configs/accelerate/fsdp2_8.yaml -m wmpo_nb.baselines grpo --preset coffee_128 ...")
     parser.add_argument("method", choices=("grpo", "dpo"), help="online GRPO in the simulator, or DPO on P recorded trajectories")
     parser.add_argument("--policy", type=Path, metavar="DIR", help="folder of the base policy (default: the shipped one of the task)")
@@ -260,7 +261,7 @@ def _parser():
     parser.add_argument("--selection", type=int, default=64, metavar="N", help="selection states that choose the variant (default: %(default)s)")
     parser.add_argument("--cache", type=Path, default=Path("runs/cache"), metavar="DIR", help="where wmpo-demo keeps real trajectories (default: %(default)s)")
     parser.add_argument("--beta", type=float, default=0.1, help="of DPO (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=10, metavar="N", help="of DPO (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=2, metavar="N", help="of DPO (default: %(default)s)")
     return parser
 
 # %% ../nbs/25_baselines.ipynb #443369aa
