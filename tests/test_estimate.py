@@ -224,6 +224,11 @@ def test_sharding(sharding, expected):
     assert training_memory(STEP, Setup(DEVICES["h100"], 4, sharding)) == expected
 
 
+def test_one_process_has_nothing_to_divide():
+    one = [training_memory(STEP, Setup(DEVICES["h100"], 1, sharding)) for sharding in ("none", "zero2", "fsdp")]
+    assert one[0] == one[1] == one[2]
+
+
 def test_more_of_everything_needs_more():
     small = estimate(override(TINY, "alignment.batch_size", "4"), "alignment", CPU)
     large = estimate(override(TINY, "alignment.batch_size", "8"), "alignment", CPU)

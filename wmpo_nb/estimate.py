@@ -310,7 +310,7 @@ class Setup:
 def _parts(step: Step, setup: Setup) -> dict:
     "Bytes per process that stay through the step: weights and their copies, optimiser, average, communication."
     parts = {name: getattr(step, name) / setup.parts for name in ("weights", "optimiser", "average")}
-    if setup.sharding == "none": return parts | {"copies": step.casts + (step.gradients if setup.processes > 1 else 0)}
+    if setup.parts == 1: return parts | {"copies": step.casts + (step.gradients if setup.processes > 1 else 0)}
     # float32 is gathered: two blocks or all, and the whole gradient of one block; the backward pass keeps the bfloat16 copies
     # of all blocks, unless they are computed again
     gathered = step.weights if setup.sharding == "zero2" else 2 * 4 * step.unit
@@ -401,10 +401,10 @@ def _estimate_grpo(preset: Preset, setup: Setup, how: dict, step: Step) -> Estim
     frozen = sum(weights for name, (weights, _, _) in calls.items() if name != "policy")
     learning, acting = training_memory(step, setup), _parts(step, setup)
     # the gradients of the last step live on while the next rollout is made
-    cast = calls["policy"][0] / 2 if setup.sharding != "none" and setup.bf16 else 0       # sharded, a block at a time
+    cast = calls["policy"][0] / 2 if setup.parts > 1 and setup.bf16 else 0       # sharded, a block at a time
     sizes = [size - cast * (name == "policy") for name, (_, size, _) in calls.items()]
     acting |= {"gradients": step.gradients / setup.parts, "activations": max(sizes)}
-    if setup.sharding == "none": acting["copies"] -= step.casts        # counted among what acting needs
+    if setup.parts == 1: acting["copies"] -= step.casts        # counted among what acting needs
     memory = max(learning, acting, key=lambda parts: sum(parts.values())) | {"other networks": frozen}
     host = rollout_buffers(preset, batch)
     if not setup.gpu: memory["buffers"] = host
