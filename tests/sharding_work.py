@@ -34,9 +34,16 @@ def numbers_held(policy) -> tuple[int, int]:
     return sum(p.to_local().numel() if is_sharded(p) else p.numel() for p in policy.parameters()), sum(p.numel() for p in policy.parameters())
 
 
+def held_between() -> tuple[int, int]:
+    "`numbers_held` after a forward pass, before the backward one."
+    policy = place(start_processes(), test_wmpo.new_policy())
+    policy.action_logits(test_policy.some_frames(2))
+    return numbers_held(policy)
+
+
 def work(folder: Path) -> dict:
     accelerator = start_processes()
-    found = {"processes": processes()[1], "held": numbers_held(place(accelerator, test_wmpo.new_policy())), "history": []}
+    found = {"processes": processes()[1], "held": numbers_held(place(accelerator, test_wmpo.new_policy())), "history": [], "between": held_between()}
     found["policy"] = cluster_work.practise(folder / "whole", 3, found["history"])
     cluster_work.practise(folder / "part", 2)
     found["resumed"] = cluster_work.practise(folder / "part", 3)
@@ -60,10 +67,8 @@ def work(folder: Path) -> dict:
 
 
 def between(folder: Path) -> dict:
-    "How much of the weights a process holds after a forward pass, before the backward one; and where practice arrives."
-    policy = place(start_processes(), test_wmpo.new_policy())
-    policy.action_logits(test_policy.some_frames(2)).sum()
-    return {"held": numbers_held(policy), "policy": cluster_work.practise(folder / "between", 3)}
+    "The same with weights that stay gathered between the two passes."
+    return {"between": held_between(), "policy": cluster_work.practise(folder / "between", 3)}
 
 
 def resume(folder: Path) -> dict:

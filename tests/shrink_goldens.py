@@ -17,21 +17,21 @@ LEFT_OUT = {
     "policy_image_preprocess": [r"\w+\.[1-9](\..*)?"],
     "rectified_flow": [r"sa\..*\.v", r"ss\..*\.(z_in|v|x_mask)", r"sa\.n7_tt256\..*"],
     "sdxl_vae_wrapper_tiny": [r"out\.dec_mbNone"],
-    "videomae_preprocess": [r"imagenet_stats\.nonsquare", r"class_default\.square"],
-    "world_model_stdit_tiny": [r"mid\.train\..*", r"mid\..*\.(spatial_.*|temporal_.*|final_layer)"],
+    "world_model_stdit_tiny": [r"mid\.train\..*", r"mid\..*\.(spatial_.*|temporal_1)"],
 }
 # file: (pattern of whole names, what is kept of them)
 KEPT = {
-    "actions_and_logprobs": [(r"lp\.logits", slice(6)),                         # two trajectories of three chunks
+    "actions_and_logprobs": [(r"lp\.logits", (slice(6), ..., slice(-320, None))),       # two trajectories of three chunks
                              (r"lp\.(responses|finish_step|T.*)", slice(2)),
                              (r"sample\.T1\.6\.probs256", (slice(1), slice(7))),
                              (r"(greedy|sample)\..*normalized_actions_f64", slice(8)), (r"(greedy|sample)\..*", slice(1))],
-    "grpo": [(r"up\.logits", slice(8)), (r"up\.(responses|finish_step|advantages|old_log_probs)", slice(2)),
-             (r"up\.two_minibatches\.grad_logits_cols", (slice(1), slice(1)))],
+    "grpo": [(r"up\.logits", (slice(8), ..., slice(-320, None))), (r"up\.(responses|finish_step|advantages|old_log_probs)", slice(2)),
+             (r"up\.two_minibatches\.grad_logits_cols", (slice(1), slice(1), ..., slice(-320, None)))],
     "openvla_oft_policy_tiny": [(r"out\.generate\.\w+\.normalized_actions_f64", slice(8, 16)),
                                 (r"(in|mid|out|contrast)\..*", slice(1, 2))],   # the second one: its prompt is padded
     "sdxl_vae_wrapper_tiny": [(r"(in|out)\..*", slice(1)), (r"enc\..*", slice(5))],                # five frames each
     "videomae_classifier_tiny": [(r"\w+\.(in|mid|out)\..*", slice(1))],
+    "videomae_preprocess": [(r"in\..*", slice(2)), (r".*", (slice(None), slice(2)))],                   # two frames of eight
     "world_model_stdit_tiny": [(r"(in|out)\.(infer|mixedmask)(\..*)?", slice(1))],
 }
 
@@ -44,8 +44,10 @@ def trim(file: str, name: str, tensor):
 
 def trim_record(file: str, record: dict, tensors: dict) -> dict:
     "The description that goes with the tensors that are left."
-    if "tensors" in record: record["tensors"] = {name: entry for name, entry in record["tensors"].items() if name in tensors}
-    for name, entry in record.get("tensors", {}).items():
+    # a weight's shape is in its own file
+    listed = {name: entry for name, entry in record.get("tensors", {}).items() if name in tensors and "state_dict." not in name}
+    if "tensors" in record: record["tensors"] = listed
+    for name, entry in listed.items():
         if "shape" in entry: entry["shape"] = list(tensors[name].shape)
     if file == "rectified_flow": del record["sampling"]["sa.n7_tt256"]
     if file == "grpo":

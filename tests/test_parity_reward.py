@@ -78,8 +78,8 @@ def test_keys_and_shapes_of_the_real_size(variant, pooled):
     assert {key: list(value.shape) for key, value in classifier.state_dict().items()} == record["shapes"]
 
 
-@pytest.mark.parametrize("processor, image", [(name, image) for name in PREPROCESS["processors"]
-                                              for image in ("square", "nonsquare") if f"{name}.{image}" in IMAGES])
+@pytest.mark.parametrize("processor", [name for name in PREPROCESS["processors"] if f"{name}.square" in IMAGES])
+@pytest.mark.parametrize("image", ["square", "nonsquare"])
 def test_preprocess(processor, image):
     settings = PREPROCESS["processors"][processor]
     config = RewardConfig(image_size=settings["size"]["shortest_edge"], image_mean=tuple(settings["image_mean"]),

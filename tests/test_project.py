@@ -194,6 +194,10 @@ def test_shipped_weights_are_small_and_have_a_card():
     assert not missing, f"no card in data_cards/ names {missing}"
 
 
+def test_the_reference_tensors_are_small():
+    assert sum(path.stat().st_size for path in (ROOT / "tests/goldens").iterdir()) <= 8e6
+
+
 @pytest.mark.parametrize("card", CARDS, ids=lambda path: path.stem)
 def test_cards_can_be_read_by_the_hub(card):
     card = RepoCard.load(card)

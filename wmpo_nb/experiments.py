@@ -239,7 +239,7 @@ def make_grpo(cell: Cell) -> dict:
 def make_dpo(cell: Cell) -> dict:
     "DPO on the P trajectories."
     batch = gather_trajectories(cell.run, cell.parts, cell.cache, 0)
-    policy = run_dpo(cell.run, cell.parts.policy, batch, beta=cell.options.get("beta", 0.1), epochs=cell.options.get("epochs", 2))
+    policy = run_dpo(cell.run, cell.parts.policy, batch, **cell.options)
     return {"method": "dpo", "options": cell.options, "outcome": outcome(exam(cell, policy))}
 
 # %% ../nbs/28_experiments.ipynb #0ba6b352
