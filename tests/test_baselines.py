@@ -7,13 +7,15 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from helpers import SMALL, STATS, refusal
+from wmpo_nb import baselines
 from wmpo_nb.baselines import (affordable, batch_variants, dpo_coefficients, dpo_loss, dpo_step, main, pair_up, train_dpo, train_online,
-                               trajectory_log_probs)
+                               trajectory_log_probs, try_variants)
 from wmpo_nb.grpo import action_mask
 from wmpo_nb.policy import OpenVLAOFT
 from wmpo_nb.presets import GRPOConfig, Preset, UserError
@@ -234,6 +236,30 @@ def test_numbers_that_are_not_finite_name_the_checkpoint(recorded, method, tmp_p
     assert calls
 
 
+def test_the_best_variant_on_selection_states_is_kept_and_none_is_trained_twice(tmp_path, monkeypatch):
+    rates, trained = {"worse": 0.25, "better": 0.5, "broken": 0.75}, []
+
+    def train(run, policy, name):
+        trained.append(name)
+        if name == "broken" and trained.count(name) == 1: raise KeyboardInterrupt
+        with torch.no_grad(): next(policy.parameters()).fill_(rates[name])
+        return {"spent": len(trained)}
+
+    new_policy().save_pretrained(tmp_path / "start")
+    start = partial(OpenVLAOFT.from_pretrained, tmp_path / "start")
+    monkeypatch.setattr(baselines, "_select", lambda run, policy, count, workers: float(next(policy.parameters()).mean()))
+    trainers = {name: partial(train, name=name) for name in rates}
+    run = Run(tmp_path / "run", Preset(), "test", 0)
+    found = try_variants(run, start, {name: trainers[name] for name in ("worse", "better")}, 4, 0)
+    assert found["chosen"] == "better" and found["worse"] == {"spent": 1, "selection_success": 0.25, "selection_states": 4}
+    with pytest.raises(KeyboardInterrupt): try_variants(run, start, trainers, 4, 0)
+    assert try_variants(run, start, trainers, 4, 0)["chosen"] == "broken"
+    run.close()
+    assert trained == ["worse", "better", "broken", "broken"]
+    kept = OpenVLAOFT.from_pretrained(tmp_path / "run/policy")
+    assert float(next(kept.parameters()).mean()) == 0.75
+
+
 def message(capsys, *arguments): return refusal(main, capsys, *arguments)
 
 
@@ -242,6 +268,7 @@ def test_bad_input_is_answered_before_work(capsys, tmp_path):
     assert "nowhere" in message(capsys, "grpo", "--policy", "nowhere", *out)
     assert "less than one group" in message(capsys, "grpo", "--collect.trajectories", "7", *out)
     assert "must be positive" in message(capsys, "dpo", "--epochs", "0", *out)
+    assert "positive and different" in message(capsys, "dpo", "--rates", "0.1", "0.1", *out)
     assert "no estimate" in message(capsys, "dpo", "--dry-run", *out)
     assert not (tmp_path / "run").exists()
 
@@ -262,11 +289,13 @@ def test_the_commands_in_the_simulator_killed_and_resumed(tmp_path):
     assert ledger["real_trajectories"] == 8 and 0 < ledger["simulator_steps"] <= 8 * 32 and ledger["imagined_frames"] == 0
     assert [e["spent"] for e in read_metrics(tmp_path / "grpo")] == [4, 8]
     assert json.loads((tmp_path / "grpo/variants.json").read_text())["small"]["spent"] == 8
-    done = subprocess.run([*start, "dpo", *tiny, "--epochs", "1", "--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "dpo")],
+    done = subprocess.run([*start, "dpo", *tiny, "--epochs", "1", "--rates", "0.1", "0.01", "--selection", "2", "--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "dpo")],
                           env=env, capture_output=True, text=True)
     shards = list((tmp_path / "cache").glob("*/*.tar"))
     assert len(shards) == 1
     if done.returncode: assert "DPO needs successes and failures" in done.stderr       # eight trials may all end alike
-    else: assert json.loads((tmp_path / "dpo/ledger.json").read_text())["real_trajectories"] == 8
+    else:
+        assert json.loads((tmp_path / "dpo/ledger.json").read_text())["real_trajectories"] == 8         # both rates learn from the same
+        assert json.loads((tmp_path / "dpo/variants.json").read_text()).keys() == {"0.1", "0.01"}
     folder = "grpo" if done.returncode else "dpo"
     assert (tmp_path / folder / "policy/model.safetensors").stat().st_size > 100_000

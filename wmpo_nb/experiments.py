@@ -237,10 +237,10 @@ def make_grpo(cell: Cell) -> dict:
 
 # %% ../nbs/28_experiments.ipynb #fd5f5f91
 def make_dpo(cell: Cell) -> dict:
-    "DPO on the P trajectories."
+    "DPO on the P trajectories with several learning rates; the best one on selection states takes the exam."
     batch = gather_trajectories(cell.run, cell.parts, cell.cache, 0)
-    policy = run_dpo(cell.run, cell.parts.policy, batch, **cell.options)
-    return {"method": "dpo", "options": cell.options, "outcome": outcome(exam(cell, policy))}
+    found = run_dpo(cell.run, cell.parts.policy, batch, selection=min(64, cell.preset.evaluation.states), workers=0)
+    return {"method": "dpo", "variants": found, "outcome": outcome(exam(cell, OpenVLAOFT.from_pretrained(cell.folder / "policy")))}
 
 # %% ../nbs/28_experiments.ipynb #0ba6b352
 def practise(cell: Cell, dream: Dream, policy, states: list[InitialState], *, chunks: int | None = None, temperature: float | None = None,

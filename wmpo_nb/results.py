@@ -465,8 +465,8 @@ def table1_markdown(cells: list[dict]) -> str:
     reused = sorted({c["reused"] for c in cells if c.get("reused")})
     note = [f"WMPO cells taken from finished runs of wmpo-demo: {', '.join(reused)}.", ""] if reused else []
     return "\n".join([*parts, *note, "GRPO was run with two batch sizes, each with the whole budget; the better one on selection states is shown. DPO: each "
-                      "trajectory of the commoner outcome paired once, in each of two passes, with one of the rarer; beta 0.1, an eighth of "
-                      "GRPO's learning rate.", "",
+                      "trajectory of the commoner outcome paired once, in each of ten passes, with one of the rarer; beta 0.1; of three "
+                      "learning rates the best one on selection states.", "",
                       *verdicts(table1_comparisons(cells)), "", "### The paper's own Table 1 (128 states each; not made here)", "", paper_table1(), ""])
 
 # %% ../nbs/26_results.ipynb #4a4ba79b
