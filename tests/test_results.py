@@ -10,7 +10,7 @@ from wmpo_nb.evaluation import (Evaluation, calibration, chunk_psnr, departures,
 from wmpo_nb.presets import UserError
 from wmpo_nb.results import (PAGES, PAPER_TABLE1, best_baseline, checkpoint_correlation, compare, holm, outcome, page_markdown, paper_table1,
                              pooled_rate, read_result, recoveries_markdown, relative_steps, select, table1_comparisons, table1_rows, truth_row,
-                             verdicts, write_pages)
+                             variants_text, verdicts, write_pages)
 from wmpo_nb.trajectory import TrajectoryBatch
 
 
@@ -54,6 +54,12 @@ def test_pooling_lengths_and_the_best_baseline():
     assert list(rows) == ["base policy", "GRPO, online (best baseline)", "DPO", "WMPO"]
     assert rows["WMPO"][1].startswith("100.0 % (64/64") and "+25.0" in rows["WMPO"][4] and rows["WMPO"][5] == "90.0 %"
     assert rows["base policy"][6] == "0" and rows["WMPO"][6] == "128"
+
+
+def test_what_was_chosen_is_said():
+    cells = [*CELLS[:3], cell("dpo", "1" * 8, 1, variants={"0.01": {}, "chosen": "0.01"}), cell("dpo", "1" * 8, 0, variants={"0.03": {}, "chosen": "0.03"})]
+    assert variants_text(cells, "tiny_lift", 128) == "Chosen on selection states: DPO: 0.03, 0.01."
+    assert variants_text(CELLS, "tiny_lift", 128) == ""
 
 
 def test_what_is_not_significant_is_said():

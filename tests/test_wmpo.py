@@ -203,11 +203,26 @@ def test_the_policy_that_did_best_when_greedy_is_kept(tmp_path):
         latest.append(weights(policy))
         validations.append(validation)
     train(policy, config=config, log=log)
-    kept = max(range(4), key=lambda i: (validations[i], i))
+    kept = max(range(4), key=lambda i: (validations[i], i))     # the mean of one iteration's weights is these weights
     assert torch.equal(weights(policy), latest[kept]) and len(set(validations)) > 1
     assert validate(policy, Brightness(), STATES, config, 2)["validation"] == max(validations)
     train(new_policy(), config=replace(config, iterations=2), checkpointer=Checkpointer(tmp_path, 1))
     assert torch.equal(weights(policy), weights(train(new_policy(seed=5), config=config, checkpointer=Checkpointer(tmp_path, 1))))
+
+
+def test_the_mean_of_the_last_iterations_is_tried_and_practice_does_not_notice(tmp_path):
+    def practise(every, iterations=4, policy=None, folder=None):
+        rows, policy = [], policy or new_policy()
+        train(policy, config=replace(CONFIG, validate_every=every, iterations=iterations), checkpointer=Checkpointer(folder, 1) if folder else None,
+              log=lambda iteration, **numbers: rows.append((weights(policy), numbers.get("validation"))))
+        return policy, rows
+    (policy, rows), (_, alone) = practise(2), practise(0)
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(rows, alone))
+    means = [(rows[i][0] + rows[i + 1][0]) / 2 for i in (0, 2)]
+    kept = means[int(rows[3][1] >= rows[1][1])]
+    assert torch.allclose(weights(policy), kept, atol=1e-6) and rows[0][1] is rows[2][1] is None
+    practise(2, 3, folder=tmp_path)                                              # stopped between two trials
+    assert torch.equal(weights(policy), weights(practise(2, policy=new_policy(seed=5), folder=tmp_path)[0]))
 
 
 def test_without_validation_the_last_policy_is_kept():

@@ -163,8 +163,9 @@ def _step(module, config, meter: Meter, before: tuple, gpu: bool) -> Step:
     curve = _corners([*curve, (0, gradients)])
     averaged = Adapters(module) if has_adapters(module) else module
     state = sum(t.nbytes for t in averaged.state_dict().values() if t.is_floating_point())
+    means = bool(getattr(config, "ema", 0)) + 2 * bool(getattr(config, "validate_every", 0))        # practice keeps the present mean and the best one
     return Step(weights=meter.live["weights"], casts=casts, gradients=gradients,
-                optimiser=meter.live["activations"] - left, average=state if getattr(config, "ema", 0) or getattr(config, "validate_every", 0) else 0, curve=curve,
+                optimiser=meter.live["activations"] - left, average=means * state, curve=curve,
                 # on a GPU AdamW works on all parameters at once and needs a temporary as large as they are
                 flops=flops, unit=_largest_unit(module), temporary=gradients if gpu else 0)
 

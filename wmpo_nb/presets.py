@@ -240,7 +240,7 @@ class GRPOConfig:
     accuracy_low: float = 0.1                          # groups outside [low, high] teach nothing and are dropped
     accuracy_high: float = 0.9
     grad_clip: float = 1.0
-    validate_every: int = 5                            # iterations between greedy trials in the world, from every start; the best policy is kept (0: the last)
+    validate_every: int = 5                            # greedy trials in the world of the mean of so many iterations' weights, from every start; the best is kept (0: the last iterate)
     lora_rank: int = 0                                 # train low-rank adapters of this rank beside frozen weights (0: all weights)
     activation_checkpointing: bool = False             # keep only each block's input and compute the rest again: less memory, a third more work
     videos_every: int = 5                              # iterations between films of a group of siblings, in the run's folder (0: none)
@@ -451,7 +451,7 @@ OTHER_DIFFERENCES = (
     ("the action beside a frame", "-", "pre-training: the one taken at it; alignment: the one leading to it", "the one leading to it"),
     ("number of an initial state", "-", "8 bits, wraps above 255", "64 bits"),
     ("states of training and evaluation", "128 for evaluation", "the same file for both", "disjoint ranges of seeds"),
-    ("which policy is reported", "-", "the best in the simulator, on the states of evaluation", "the last; tiny presets: the best in the dream (`grpo.validate_every`)"),
+    ("which policy is reported", "-", "the best in the simulator, on the states of evaluation", "the last; tiny presets: the mean of five that is best in the dream (`grpo.validate_every`)"),
     ("imagined part of a success", "-", "dreamt to the horizon, then masked", "a dream ends with the chunk that succeeds"),
 )
 

@@ -7,8 +7,8 @@ __all__ = ['METHODS', 'TABLE1_HEAD', 'PAPER_TASK_NAMES', 'PAPER_TABLE1', 'PAPER_
            'table1_comparisons', 'paper_table1', 'noise_markdown', 'truth_row', 'truth_markdown', 'gained_comparisons',
            'gained_markdown', 'disruptions_markdown', 'recoveries_markdown', 'lifelong_markdown',
            'checkpoint_correlation', 'agreement_markdown', 'table1_figure', 'noise_figure', 'gained_figure',
-           'truth_figure', 'agreement_figure', 'disruptions_figure', 'lifelong_figure', 'table1_markdown',
-           'dreams_and_gains', 'page_markdown', 'read_result', 'write_pages']
+           'truth_figure', 'agreement_figure', 'disruptions_figure', 'lifelong_figure', 'variants_text',
+           'table1_markdown', 'dreams_and_gains', 'page_markdown', 'read_result', 'write_pages']
 
 # %% ../nbs/26_results.ipynb #59b6b44a
 import base64, json, math
@@ -458,15 +458,25 @@ def lifelong_figure(cells: list[dict]):
     return figure
 
 # %% ../nbs/26_results.ipynb #56f1dc2f
+def variants_text(cells: list[dict], preset: str, budget: int) -> str:
+    "Which variant of each baseline did best on selection states, in the order of the seeds; empty if nothing was chosen."
+    names = {METHODS[m]: [c["variants"]["chosen"] for c in select(cells, preset=preset, P=budget, method=m).values() if c.get("variants")]
+             for m in ("grpo", "dpo")}
+    chosen = "; ".join(f"{name}: {', '.join(variants)}" for name, variants in names.items() if variants)
+    return f"Chosen on selection states: {chosen}." if chosen else ""
+
+
 def table1_markdown(cells: list[dict]) -> str:
     parts = []
     for preset in sorted({c["preset"] for c in cells}):
-        for P in _budgets(cells, preset): parts += [f"### {preset}, P = {P}", "", markdown_table(TABLE1_HEAD, table1_rows(cells, preset, P)), ""]
+        for P in _budgets(cells, preset):
+            parts += [f"### {preset}, P = {P}", "", markdown_table(TABLE1_HEAD, table1_rows(cells, preset, P)), ""]
+            if chosen := variants_text(cells, preset, P): parts += [chosen, ""]
     reused = sorted({c["reused"] for c in cells if c.get("reused")})
     note = [f"WMPO cells taken from finished runs of wmpo-demo: {', '.join(reused)}.", ""] if reused else []
     return "\n".join([*parts, *note, "GRPO was run with two batch sizes, each with the whole budget; the better one on selection states is shown. DPO: each "
-                      "trajectory of the commoner outcome paired once, in each of ten passes, with one of the rarer; beta 0.1; of three "
-                      "learning rates the best one on selection states.", "",
+                      "trajectory of the commoner outcome paired once, in each of ten passes, with one of the rarer; beta 0.1; the best on "
+                      "selection states of three learning rates, named by what they are times GRPO's.", "",
                       *verdicts(table1_comparisons(cells)), "", "### The paper's own Table 1 (128 states each; not made here)", "", paper_table1(), ""])
 
 # %% ../nbs/26_results.ipynb #4a4ba79b

@@ -2,12 +2,13 @@
 
 # %% auto #0
 __all__ = ['atomic_write', 'save_weights', 'load_weights', 'config_of', 'load_metrics', 'check_fits', 'load_into', 'load_pickled',
-           'load_tensors', 'save_tensors', 'EMA', 'learning_rate_at', 'Optimizers', 'is_block_matrix', 'make_optimizer',
-           'processes', 'shards', 'start_processes', 'sum_over_processes', 'wait_for_all', 'my_share', 'blocks',
-           'place', 'is_sharded', 'gathered', 'ShardedOptimizer', 'prepare', 'sum_gradients', 'Stopped', 'heed_sigterm',
-           'asked_to_stop', 'stop', 'stop_if_asked', 'fast_precision', 'Diverged', 'check_finite', 'naming_checkpoint',
-           'clip_gradients', 'optimizer_step', 'checkpoint_blocks', 'train_step', 'is_main', 'Checkpointer', 'progress',
-           'Ledger', 'read_metrics', 'make_trackers', 'Run', 'preset_parser', 'parse_preset', 'open_run', 'command']
+           'load_tensors', 'save_tensors', 'float_copy', 'EMA', 'learning_rate_at', 'Optimizers', 'is_block_matrix',
+           'make_optimizer', 'processes', 'shards', 'start_processes', 'sum_over_processes', 'wait_for_all', 'my_share',
+           'blocks', 'place', 'is_sharded', 'gathered', 'ShardedOptimizer', 'prepare', 'sum_gradients', 'Stopped',
+           'heed_sigterm', 'asked_to_stop', 'stop', 'stop_if_asked', 'fast_precision', 'Diverged', 'check_finite',
+           'naming_checkpoint', 'clip_gradients', 'optimizer_step', 'checkpoint_blocks', 'train_step', 'is_main',
+           'Checkpointer', 'progress', 'Ledger', 'read_metrics', 'make_trackers', 'Run', 'preset_parser',
+           'parse_preset', 'open_run', 'command']
 
 # %% ../nbs/01_run.ipynb #a6210534
 import argparse, dataclasses, difflib, errno, functools, io, json, math, os, pickle, random, shutil, signal, sys, textwrap, threading, time
@@ -207,13 +208,17 @@ def save_tensors(path, state: dict, shard_bytes: int = 5 * 10**9):
             temporary.write_text(json.dumps({"metadata": split.metadata, "weight_map": split.tensor_to_filename}, indent=2))
 
 # %% ../nbs/01_run.ipynb #69f85629
+def float_copy(module: nn.Module) -> dict:
+    "A copy of the state of `module`, its numbers with a fraction as float32."
+    return {key: value.detach().clone().float() if value.is_floating_point() else value.detach().clone() for key, value in module.state_dict().items()}
+
+
 class EMA:
     "Exponential moving average of a module's weights, float32, with warm-up of the decay. With decay 0 it keeps nothing."
 
     def __init__(self, module: nn.Module, decay: float):
         self.decay, self.updates = decay, 0
-        self.average = {key: value.detach().clone().float() if value.is_floating_point() else value.detach().clone()
-                        for key, value in module.state_dict().items() if decay}
+        self.average = float_copy(module) if decay else {}
 
     @torch.no_grad()
     def update(self, module: nn.Module):

@@ -21,7 +21,7 @@ from .grpo import (action_mask, advantages, keep_groups, success_rewards, token_
                           weighted_policy_loss)
 from .policy import adapters_off, load_policy, prepare_policy, save_trained, trained_part
 from .presets import GRPOConfig, UserError, seeds_for
-from .run import (Checkpointer, Run, Stopped, clip_gradients, command, is_main, my_share, naming_checkpoint, open_run, parse_preset,
+from .run import (Checkpointer, Run, Stopped, clip_gradients, command, float_copy, is_main, my_share, naming_checkpoint, open_run, parse_preset,
                          place, preset_parser, processes, progress, start_processes, stop_if_asked, sum_gradients, sum_over_processes)
 from .trajectory import InitialState, TrainablePolicy, TrajectoryBatch, World, load_first_frames, read_shards, rollout
 
@@ -299,27 +299,38 @@ def _start_policy(policy, config: GRPOConfig, accelerator):
 
 # %% ../nbs/14_wmpo.ipynb #b7f4d2e1
 class Best:
-    "The weights with which `trained` did best when the policy was greedy, and how well: `success`, the share of all starts."
+    "Means of the weights of `trained`: of the `count` iterations since the last trial, and those that did best, with `success`, when greedy."
     def __init__(self, trained, wanted: bool):
-        self.trained, self.success = trained, -1.0
-        self.weights = {key: value.detach().clone() for key, value in trained.state_dict().items() if wanted}
+        self.trained, self.success, self.count = trained, -1.0, 0
+        self.weights, self.mean = (float_copy(trained) if wanted else {} for _ in range(2))
 
     @torch.no_grad()
-    def offer(self, success: float):
-        "Keep the present weights if they are no worse than the ones kept."
-        if success < self.success: return
-        self.success = success
-        for key, value in self.trained.state_dict().items(): self.weights[key].copy_(value)
+    def add(self):
+        "The present weights count in the mean."
+        self.count += 1
+        for key, value in self.trained.state_dict().items():
+            if value.is_floating_point(): self.mean[key].lerp_(value.float(), 1 / self.count)
+
+    def try_mean(self, validate) -> dict:
+        "Keep the mean if it is no worse than what is kept, by the `validation` that `validate()` returns; begin another one."
+        present = float_copy(self.trained)
+        self.trained.load_state_dict(self.mean)
+        try: numbers = validate()
+        finally: self.trained.load_state_dict(present)
+        if numbers["validation"] >= self.success: self.success, self.weights, self.mean = numbers["validation"], self.mean, self.weights
+        self.count = 0
+        return numbers
 
     def restore(self):
         if self.success >= 0: self.trained.load_state_dict(self.weights)
 
-    def state_dict(self) -> dict: return {"success": self.success, "weights": self.weights}
+    def state_dict(self) -> dict: return {"success": self.success, "count": self.count, "weights": self.weights, "mean": self.mean}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict):
-        self.success = state["success"]
-        for key, value in state["weights"].items(): self.weights[key].copy_(value)
+        self.success, self.count = state["success"], state["count"]
+        for name in ("weights", "mean"):
+            for key, value in state[name].items(): getattr(self, name)[key].copy_(value)
 
 # %% ../nbs/14_wmpo.ipynb #c2d9e4f7
 @torch.no_grad()
@@ -332,11 +343,11 @@ def validate(policy, world, states: list[InitialState], config: GRPOConfig, chun
 
 # %% ../nbs/14_wmpo.ipynb #d3e8f5a6
 def _keep_best(best: Best, policy, world, states, config: GRPOConfig, iteration: int, chunks: int) -> dict:
-    "Validate every `config.validate_every` iterations; what to log."
-    if not config.validate_every or (iteration + 1) % config.validate_every: return {}
-    numbers = validate(policy, world, states, config, chunks)
-    best.offer(numbers["validation"])
-    return numbers
+    "Validate the mean of the last `config.validate_every` iterations' weights when they are complete; what to log."
+    if not config.validate_every: return {}
+    best.add()
+    if (iteration + 1) % config.validate_every: return {}
+    return best.try_mean(lambda: validate(policy, world, states, config, chunks))
 
 # %% ../nbs/14_wmpo.ipynb #ee22423c
 def train_wmpo(policy: TrainablePolicy, world: World, states: list[InitialState], config: GRPOConfig, *, chunks: int, temperature: float,
