@@ -27,7 +27,7 @@ from wmpo_nb.wmpo import gather, train_wmpo
 from wmpo_nb.world_model import train_world_model
 
 # rounds of six states for three groups: some rounds leave groups over, which wait
-GRPO = replace(test_wmpo.CONFIG, iterations=3, groups=3, rollout_groups=1, draw_multiple=6, mini_batch=6, micro_batch=1, learning_rate=2e-4)
+GRPO = replace(test_wmpo.CONFIG, iterations=3, validate_every=3, groups=3, rollout_groups=1, draw_multiple=6, mini_batch=6, micro_batch=1, learning_rate=2e-4)
 SHORT = {"steps": 4, "warmup_steps": 1, "decay_steps": 1, "log_every": 1, "learning_rate": 2e-4}
 # Muon makes matrices orthogonal in bfloat16 and turns the last bit of a sum into a difference one can see: not compared here
 ADAM = {"optimizer": "adamw"} | SHORT

@@ -481,7 +481,7 @@ def _reward_lines(numbers: dict) -> list[str]:
             if r: lines.append(f"| {run['seed']} | {name}, {r['trajectories']} | {r['f1']:.3f} | {r['precision']:.3f} | {r['recall']:.3f} |")
     learning = [f"- seed {run['seed']}: " + ", ".join(f"{100 * x:.0f}" for x in run["learning"]) for run in numbers["runs"]]
     greedy = [f"- seed {run['seed']}: " + ", ".join(f"{100 * x:.0f} ({i})" for i, x in run["validations"]) for run in numbers["runs"]]
-    told = ["", "Greedy success in the dream, one trial from each first frame, % (after so many iterations); the best policy was kept:", "", *greedy]
+    told = ["", "Greedy success in the dream, one trial from each first frame, of the mean of the weights since the trial before, % (after so many iterations); the best mean was kept:", "", *greedy]
     return [*lines, "", "Success in the dream by iteration, sampled, %:", "", *learning, *told * any(run["validations"] for run in numbers["runs"])]
 
 # %% ../nbs/16_report.ipynb #fd35f029
