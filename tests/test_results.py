@@ -2,6 +2,7 @@
 import base64
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -195,3 +196,11 @@ def test_flips_are_counted_with_an_interval():
     found = verdict_flips(torch.tensor([True, False, True, True]), torch.tensor([True, True, True, False]))
     assert (found["differ"], found["n"], found["share"]) == (2, 4, 0.5)
     assert found["interval"] == [round(x, 4) for x in wilson(2, 4)]
+
+
+def test_the_pages_are_those_of_the_recorded_results():
+    folder = Path(__file__).parent.parent / "results"
+    records = {path.with_suffix(".md"): read_result(path) for path in sorted(folder.glob("*.json"))}
+    assert any(records.values())
+    for page, record in records.items():
+        if record: assert page.read_text() == page_markdown(record), "run wmpo-experiment pages"

@@ -476,7 +476,8 @@ def table1_markdown(cells: list[dict]) -> str:
     note = [f"WMPO cells taken from finished runs of wmpo-demo: {', '.join(reused)}.", ""] if reused else []
     return "\n".join([*parts, *note, "GRPO was run with two batch sizes, each with the whole budget; the better one on selection states is shown. DPO: each "
                       "trajectory of the commoner outcome paired once, in each of ten passes, with one of the rarer; beta 0.1; the best on "
-                      "selection states of three learning rates, named by what they are times GRPO's.", "",
+                      "selection states of three learning rates, named by what they are times GRPO's. The trials of selection (64 states a "
+                      "variant) are real too and not in the budget; WMPO has none, its dream chooses.", "",
                       *verdicts(table1_comparisons(cells)), "", "### The paper's own Table 1 (128 states each; not made here)", "", paper_table1(), ""])
 
 # %% ../nbs/26_results.ipynb #4a4ba79b
