@@ -207,12 +207,12 @@ def save_tensors(path, state: dict, shard_bytes: int = 5 * 10**9):
         with atomic_write(path/"model.safetensors.index.json") as temporary:
             temporary.write_text(json.dumps({"metadata": split.metadata, "weight_map": split.tensor_to_filename}, indent=2))
 
-# %% ../nbs/01_run.ipynb #69f85629
+# %% ../nbs/01_run.ipynb #b9211621
 def float_copy(module: nn.Module) -> dict:
     "A copy of the state of `module`, its numbers with a fraction as float32."
     return {key: value.detach().clone().float() if value.is_floating_point() else value.detach().clone() for key, value in module.state_dict().items()}
 
-
+# %% ../nbs/01_run.ipynb #69f85629
 class EMA:
     "Exponential moving average of a module's weights, float32, with warm-up of the decay. With decay 0 it keeps nothing."
 

@@ -2,11 +2,12 @@
 
 # %% auto #0
 __all__ = ['mix_seed', 'draw_states', 'NothingToLearn', 'decision_frames', 'try_states', 'gather', 'forward_passes',
-           'token_statistics', 'kl_to_start', 'update', 'Waiting', 'film_strip', 'Filmed', 'WithoutAdapters', 'Best',
-           'validate', 'train_wmpo', 'dream_starts', 'main']
+           'token_statistics', 'kl_to_start', 'update', 'Waiting', 'film_strip', 'Filmed', 'WithoutAdapters', 'Mean',
+           'Best', 'validate', 'train_wmpo', 'dream_starts', 'main']
 
 # %% ../nbs/14_wmpo.ipynb #d59f5307
 import math, resource, sys, time
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import fields, replace
 from pathlib import Path
@@ -297,40 +298,49 @@ def _start_policy(policy, config: GRPOConfig, accelerator):
     if not config.start_kl: return None
     return WithoutAdapters(policy) if config.lora_rank else place(accelerator, deepcopy(policy).eval().requires_grad_(False))
 
-# %% ../nbs/14_wmpo.ipynb #b7f4d2e1
-class Best:
-    "Means of the weights of `trained`: of the `count` iterations since the last trial, and those that did best, with `success`, when greedy."
+# %% ../nbs/14_wmpo.ipynb #20279ded
+class Mean:
+    "The mean of the weights that `trained` had at the last `count` calls of `add`, float32."
     def __init__(self, trained, wanted: bool):
-        self.trained, self.success, self.count = trained, -1.0, 0
-        self.weights, self.mean = (float_copy(trained) if wanted else {} for _ in range(2))
+        self.trained, self.count, self.weights = trained, 0, float_copy(trained) if wanted else {}
 
     @torch.no_grad()
     def add(self):
-        "The present weights count in the mean."
         self.count += 1
         for key, value in self.trained.state_dict().items():
-            if value.is_floating_point(): self.mean[key].lerp_(value.float(), 1 / self.count)
+            if value.is_floating_point(): self.weights[key].lerp_(value.float(), 1 / self.count)
 
-    def try_mean(self, validate) -> dict:
-        "Keep the mean if it is no worse than what is kept, by the `validation` that `validate()` returns; begin another one."
+    @contextmanager
+    def tried(self):
+        "Inside, `trained` has the mean; then its own weights again."
         present = float_copy(self.trained)
-        self.trained.load_state_dict(self.mean)
-        try: numbers = validate()
+        self.trained.load_state_dict(self.weights)
+        try: yield
         finally: self.trained.load_state_dict(present)
-        if numbers["validation"] >= self.success: self.success, self.weights, self.mean = numbers["validation"], self.mean, self.weights
-        self.count = 0
-        return numbers
+
+# %% ../nbs/14_wmpo.ipynb #b7f4d2e1
+class Best:
+    "The `mean` of the weights of `trained` since the last offer, and of all that were offered the one with the most `success`."
+    def __init__(self, trained, wanted: bool):
+        self.trained, self.success, self.mean = trained, -1.0, Mean(trained, wanted)
+        self.weights = float_copy(trained) if wanted else {}
+
+    def offer(self, success: float):
+        "Keep the mean if it is no worse than what is kept, and begin another one."
+        if success >= self.success: self.success, self.weights, self.mean.weights = success, self.mean.weights, self.weights
+        self.mean.count = 0
 
     def restore(self):
         if self.success >= 0: self.trained.load_state_dict(self.weights)
 
-    def state_dict(self) -> dict: return {"success": self.success, "count": self.count, "weights": self.weights, "mean": self.mean}
+    def state_dict(self) -> dict:
+        return {"success": self.success, "weights": self.weights, "count": self.mean.count, "mean": self.mean.weights}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict):
-        self.success, self.count = state["success"], state["count"]
-        for name in ("weights", "mean"):
-            for key, value in state[name].items(): getattr(self, name)[key].copy_(value)
+        self.success, self.mean.count = state["success"], state["count"]
+        for mine, saved in ((self.weights, state["weights"]), (self.mean.weights, state["mean"])):
+            for key, value in saved.items(): mine[key].copy_(value)
 
 # %% ../nbs/14_wmpo.ipynb #c2d9e4f7
 @torch.no_grad()
@@ -345,9 +355,11 @@ def validate(policy, world, states: list[InitialState], config: GRPOConfig, chun
 def _keep_best(best: Best, policy, world, states, config: GRPOConfig, iteration: int, chunks: int) -> dict:
     "Validate the mean of the last `config.validate_every` iterations' weights when they are complete; what to log."
     if not config.validate_every: return {}
-    best.add()
+    best.mean.add()
     if (iteration + 1) % config.validate_every: return {}
-    return best.try_mean(lambda: validate(policy, world, states, config, chunks))
+    with best.mean.tried(): numbers = validate(policy, world, states, config, chunks)
+    best.offer(numbers["validation"])
+    return numbers
 
 # %% ../nbs/14_wmpo.ipynb #ee22423c
 def train_wmpo(policy: TrainablePolicy, world: World, states: list[InitialState], config: GRPOConfig, *, chunks: int, temperature: float,
