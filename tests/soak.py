@@ -99,7 +99,8 @@ def command(stage: str, parts: Path, output: Path) -> list[str]:
         "collect": ("collect", ["--policy", parts / "policy", "--workers", 0]),
         "evaluate": ("evaluation", ["--policy", parts / "policy", "--baseline", parts / "policy"]),
         "baseline_grpo": ("baselines", ["grpo", "--policy", parts / "policy", "--workers", 0, "--selection", 8]),
-        "baseline_dpo": ("baselines", ["dpo", "--policy", parts / "policy", "--cache", parts / "cache", "--epochs", 12])}[stage]
+        "baseline_dpo": ("baselines", ["dpo", "--policy", parts / "policy", "--cache", parts / "cache", "--epochs", 12, "--rates", 0.1, 0.01,
+                                       "--workers", 0, "--selection", 8])}[stage]
     fields = [word for name, value in (SMALL | STAGES[stage]).items() for word in (f"--{name}", value)]
     return [sys.executable, "-m", f"wmpo_nb.{module}", *map(str, own), "--output", str(output), *map(str, fields)]
 

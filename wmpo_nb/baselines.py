@@ -318,8 +318,7 @@ def main(argv=None):
     if args.method == "dpo": found = _dpo_command(run, load, args)
     else: found = run_grpo(run, load, variants=variants, selection=args.selection, workers=args.workers)
     run.close()
-    if is_main(): print(json.dumps(found, indent=1))
-    if is_main(): print(f"policy written to {run.folder / 'policy'}; evaluate it with wmpo-evaluate")
+    if is_main(): print(json.dumps(found, indent=1), f"policy written to {run.folder / 'policy'}; evaluate it with wmpo-evaluate", sep="\n")
 
 # %% ../nbs/25_baselines.ipynb #c5823c6f
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())
