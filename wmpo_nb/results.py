@@ -288,7 +288,8 @@ def recoveries_markdown(cells: list[dict]) -> str:
         head = ["policy", "success", "trials with a failed grasp", "of these, succeeded in the end", "successes after a failed grasp"]
         lines += [f"### {preset}, P = {P}", "", markdown_table(head, rows), ""]
         for c in (c for c in cells if (c["preset"], c["P"]) == (preset, P) and c.get("film")):
-            lines.append(f"![{METHODS[c['method']]}, seed {c['seed']}: a failed grasp, then success](figures/recovery_{preset}_{P}_{c['method']}_{c['seed']}.png)")
+            caption = f"{METHODS[c['method']]}, seed {c['seed']}: a failed grasp, then success"
+            lines += [f"{caption}:", "", f"![{caption}](figures/recovery_{preset}_{P}_{c['method']}_{c['seed']}.png)", ""]
     return "\n".join([*lines, ""])
 
 # %% ../nbs/26_results.ipynb #96a60eae
