@@ -10,7 +10,7 @@ import time
 import pytest
 
 from helpers import refusal
-from wmpo_nb.demo import SHIPPED, main
+from wmpo_nb.demo import SHIPPED, TRAINED, main, practice_log, share
 
 TINY = ["--fast", "--workers", "2", "--collect.trajectories", "24", "--alignment.steps", "3", "--reward_training.steps", "3",
         "--grpo.iterations", "2", "--grpo.groups", "2", "--grpo.group_size", "4", "--grpo.max_draws", "2", "--evaluation.states", "4",
@@ -55,8 +55,7 @@ def runs(tmp_path_factory):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([*command, "--output", str(folder / "whole")], check=True, env=env)
     broken = subprocess.Popen([*command, "--output", str(folder / "broken")], env=env, start_new_session=True)
-    while broken.poll() is None and "grpo" not in (folder / "broken/metrics.jsonl").read_text() \
-            if (folder / "broken/metrics.jsonl").exists() else broken.poll() is None: time.sleep(0.05)
+    while broken.poll() is None and not practice_log(folder / "broken"): time.sleep(0.05)
     if broken.poll() is None: os.killpg(broken.pid, signal.SIGKILL)
     broken.wait()
     done = subprocess.run([*command, "--output", str(folder / "broken"), "--resume"], env=env, capture_output=True, text=True)
@@ -66,7 +65,7 @@ def runs(tmp_path_factory):
 
 def test_resumed_equals_unbroken(runs):
     folder, _ = runs
-    for name in ("policy/model.safetensors", "world_model.safetensors", "reward.safetensors", "evaluations.json"):
+    for name in ("policy/model.safetensors", "round1/policy/model.safetensors", "world_model.safetensors", "reward.safetensors", "evaluations.json"):
         assert (folder / "whole" / name).read_bytes() == (folder / "broken" / name).read_bytes(), name
 
 
@@ -74,6 +73,8 @@ def test_record_and_report(runs):
     folder, printed = runs
     record = json.loads((folder / "whole/record.json").read_text())
     assert record["fast"] and record["ledger"]["real_trajectories"] == 24 and record["ledger"]["imagined_frames"] > 0
+    assert record["ledger"]["real_initial_frames"] == 24 and [(e["round"], e["step"]) for e in record["learning"]] == [(1, 0), (2, 1)]
+    assert TRAINED in record["agreement"]
     assert {"collect", "align", "reward", "grpo", "evaluate"} <= set(record["ledger"]["seconds"])
     assert [len(e["success"]) for e in record["evaluations"].values()] == [4, 4]
     page = (folder / "whole/report.html").read_text()
@@ -88,3 +89,19 @@ def test_test_states_are_new(runs):
     tested = {s for e in record["evaluations"].values() for s in e["state_id"]}
     collected = {int(p.name.split("_")[0]) + i for p in (folder / "cache").glob("*/*.tar") for i in range(int(p.stem.split("_")[1]))}
     assert tested and collected and not tested & collected
+
+
+def test_each_round_is_told_of_its_own_trajectories(runs):
+    "Disjoint halves of P, the second one tried by the policy of the first round; each round's ledger says what it used."
+    first, last = ({p.stem for p in sorted((runs[0] / "whole" / place).rglob("*.json"))} for place in ("round1", "."))
+    assert "ledger" in first & last
+    ledgers = [json.loads((runs[0] / "whole" / place / "ledger.json").read_text()) for place in ("round1", ".")]
+    assert [ledger["real_trajectories"] for ledger in ledgers] == [12, 24]
+    shards = sorted(path.name for path in (runs[0] / "cache").rglob("30*.tar"))
+    assert shards == ["3000000_12.tar", "3000012_12.tar"]
+    assert [share(7, 3, i) for i in range(3)] == [2, 2, 3]
+
+
+def test_rounds_need_something_to_do(capsys, tmp_path):
+    assert "collect.rounds is 0" in message(capsys, "--collect.rounds", "0", "--output", str(tmp_path / "run"))
+    assert "collect.rounds is 3" in message(capsys, "--collect.rounds", "3", "--grpo.iterations", "2", "--output", str(tmp_path / "other"))

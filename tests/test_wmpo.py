@@ -238,8 +238,25 @@ def test_trials_that_only_validate_are_counted():
               log=lambda iteration, **numbers: said.append((numbers["trajectories"], numbers["frames"])))
         return torch.tensor(said)
     more = counts(2) - counts(0)
-    assert more[:, 0].tolist() == [0, len(STATES), 0, len(STATES)]
-    assert (more[1::2, 1] > 0).all() and not more[::2, 1].any()
+    assert more[:, 0].tolist() == [len(STATES), len(STATES), 0, len(STATES)]           # the first: what practice begins with
+    assert (more[[0, 1, 3], 1] > 0).all() and not more[2, 1]
+
+
+@pytest.mark.parametrize("means, kept", [(0.4, "start"), (0.6, "a mean")])
+def test_the_policy_that_practice_begins_with_is_the_one_to_beat(monkeypatch, means, kept):
+    "Its trial is logged; it is what comes back if no mean does as well."
+    policy, said, asked = new_policy(), [], iter([0.5, means, means])
+    monkeypatch.setattr("wmpo_nb.wmpo.validate", lambda *_: {"validation": next(asked), "frames": 1, "trajectories": 1})
+    begun = weights(policy)
+    train(policy, config=replace(CONFIG, validate_every=2), log=lambda iteration, **numbers: said.append(numbers.get("start_validation")))
+    assert said == [0.5, None, None, None]
+    assert torch.equal(weights(policy), begun) == (kept == "start")
+
+
+def test_too_few_iterations_to_ask_keep_the_last_policy():
+    latest, policy = [], new_policy()
+    train(policy, config=replace(CONFIG, validate_every=5), log=lambda iteration, **numbers: latest.append(weights(policy)))
+    assert torch.equal(weights(policy), latest[-1])
 
 
 def test_run_records_every_iteration_once_and_counts_steps(tmp_path):

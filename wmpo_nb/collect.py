@@ -23,18 +23,18 @@ def batched(items: list, size: int) -> list[list]:
 # %% ../nbs/18_collect.ipynb #1b0bd518
 def _fingerprint(policy: OpenVLAOFT, preset: Preset, seed: int, use: str) -> str:
     "Names the trajectories by what decides them: weights, task, temperature, seed."
-    digest = hashlib.sha256(json.dumps([preset.to_dict()["task"], preset.to_dict()["collect"], seed, use]).encode())
+    digest = hashlib.sha256(json.dumps([preset.to_dict()["task"], preset.collect.temperature, seed, use]).encode())
     for value in policy.state_dict().values(): digest.update(value.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 # %% ../nbs/18_collect.ipynb #da86cf7b
 def collect(policy: OpenVLAOFT, preset: Preset, cache: Path, *, use: str = "collection", count: int | None = None, seed: int = 0,
-            workers: int | None = None) -> TrajectoryBatch:
-    """Real trajectories of `policy` from the states of seed range `use`, sampled; shards already in `cache` are not collected
-    again. Several processes, who must see the same `cache`, take every so-manieth shard."""
+            workers: int | None = None, first: int = 0) -> TrajectoryBatch:
+    """`count` real trajectories of `policy` from the states of seed range `use`, beginning with the `first`, sampled; shards already
+    in `cache` are not collected again. Several processes, who must see the same `cache`, take every so-manieth shard."""
     folder = Path(cache) / _fingerprint(policy, preset, seed, use)
     paths = {folder / f"{group[0]}_{len(group)}.tar": group
-             for group in batched(seeds_for(use, count or preset.collect.trajectories, seed), 32)}
+             for group in batched(seeds_for(use, first + (count or preset.collect.trajectories), seed)[first:], 32)}
     missing, (rank, total) = [path for path in paths if not path.exists()], processes()
     wait_for_all()                     # nobody may begin while another still looks what is missing
     if missing:

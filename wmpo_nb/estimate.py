@@ -557,7 +557,10 @@ COMMANDS = {"wmpo-sft": ("sft",), "wmpo-train-vae": ("vae_training",), "wmpo-tra
 def dry_run(command: str, args, preset: Preset):
     "What `command --dry-run` prints instead of running. Raises `UserError` if the run cannot fit, or if there is nothing to train."
     stages = COMMANDS.get(command, ())
-    if command == "wmpo-demo": stages = [s for s in stages_of(preset) if args.from_scratch or s in ("alignment", "reward_training", "grpo")]
+    if command == "wmpo-demo":
+        stages = [s for s in stages_of(preset) if args.from_scratch or s in ("alignment", "reward_training", "grpo")]
+        for stage in ("alignment", "reward_training"):           # once in each round
+            preset = override(preset, f"{stage}.steps", str(getattr(preset, stage).steps * preset.collect.rounds))
     if command == "wmpo-train-reward": stages = ("reward_training" if args.start or not preset.reward_pretraining.steps else "reward_pretraining",)
     if command == "wmpo-train-world-model": stages = ("alignment",) if args.align else ("pretraining",)
     if getattr(args, "world", "dream") == "simulator": raise UserError("the estimate knows GRPO in the dream: leave out --world simulator")

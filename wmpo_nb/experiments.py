@@ -3,10 +3,10 @@
 # %% auto #0
 __all__ = ['ABLATIONS', 'WMPO_CELLS', 'ALL_CELLS', 'KINDS', 'EXPERIMENTS', 'Job', 'job_name', 'changed_fields', 'read_json',
            'write_json', 'same_preset', 'is_finished', 'run_jobs', 'Cell', 'artefact', 'policy_of', 'exam', 'held_out',
-           'same_base_policy', 'matching_demo', 'make_base', 'make_trajectories', 'make_grpo', 'make_dpo', 'practise',
-           'first_frames', 'dream_learning', 'make_wmpo', 'dream_of', 'count', 'compare_with_reality', 'peak_scores',
-           'make_truth', 'policy_series', 'judge_on_reality', 'make_agreement', 'noisy_world_model', 'open_loop',
-           'make_noise', 'vary', 'BranchedDream', 'branch_points', 'make_ablation', 'repaint', 'disturb', 'displaced',
+           'same_base_policy', 'matching_demo', 'make_base', 'make_trajectories', 'make_grpo', 'make_dpo', 'learning',
+           'make_wmpo', 'dream_of', 'count', 'compare_with_reality', 'peak_scores', 'make_truth', 'policy_series',
+           'judge_on_reality', 'make_agreement', 'noisy_world_model', 'open_loop', 'make_noise', 'vary',
+           'BranchedDream', 'branch_points', 'branched', 'make_ablation', 'repaint', 'disturb', 'displaced',
            'disrupted', 'make_disruption', 'watch_trial', 'failed_grasps', 'recovery_film', 'make_recovery',
            'make_lifelong', 'make_imitation', 'table1_jobs', 'noise_jobs', 'agreement_jobs', 'ablation_job',
            'truth_job', 'alignment_jobs', 'flow_steps_jobs', 'ablations_jobs', 'disruptions_jobs', 'recoveries_jobs',
@@ -30,7 +30,7 @@ from . import simulator as simulator_room
 from .alignment import align, encode_windows, imagine_trajectory, load_world_model, save_world_model
 from .baselines import run_dpo, run_grpo
 from .collect import collect
-from .demo import SHIPPED, Parts, align_world_model, fit_reward, gather_trajectories
+from .demo import SHIPPED, Parts, gather_trajectories, one_round, practice_log, run_rounds
 from .dream import Dream
 from .evaluation import (Evaluation, agreement, calibration, departures, evaluate, psnr_by_frame, replay, ssim_by_frame,
                                 verdict_flips)
@@ -41,13 +41,12 @@ from .policy import OpenVLAOFT
 from .presets import Preset, STDiTConfig, UserError, load_preset, override, seeds_for
 from .results import outcome, write_pages
 from .reward import clip_ends, f1_score, judge, load_reward, trajectory_scores
-from .run import (Run, atomic_write, command, config_of, fast_precision, load_into, parse_preset, preset_parser, progress,
-                         read_metrics)
+from .run import (Run, atomic_write, command, config_of, fast_precision, load_into, parse_preset, preset_parser, progress)
 from .simulator import Environment, Simulator, choose_gl
 from .stdit import STDiT
 from .trajectory import InitialState, TrajectoryBatch, rollout
 from .vae import reconstruct_batch
-from .wmpo import NothingToLearn, train_wmpo
+from .wmpo import first_frames
 from .world_model import WorldModel
 
 # %% ../nbs/28_experiments.ipynb #c0660492
@@ -222,8 +221,8 @@ def make_base(cell: Cell) -> dict:
 
 # %% ../nbs/28_experiments.ipynb #8609e1c4
 def make_trajectories(cell: Cell) -> dict:
-    "The P real trajectories, into the cache: several cells need them, and none should wait for another's."
-    batch = gather_trajectories(cell.run, cell.parts, cell.cache, 0)
+    "P real trajectories of the base policy, into the cache: several cells need them, and none should wait for another's."
+    batch = gather_trajectories(cell.run, cell.parts.base, cell.cache, 0)
     return {"method": "trajectories", "successes": int(batch.success.sum())}
 
 # %% ../nbs/28_experiments.ipynb #e537f7e6
@@ -238,51 +237,21 @@ def make_grpo(cell: Cell) -> dict:
 # %% ../nbs/28_experiments.ipynb #fd5f5f91
 def make_dpo(cell: Cell) -> dict:
     "DPO on the P trajectories with several learning rates; the best one on selection states takes the exam."
-    batch = gather_trajectories(cell.run, cell.parts, cell.cache, 0)
+    batch = gather_trajectories(cell.run, cell.parts.base, cell.cache, 0)
     found = run_dpo(cell.run, cell.parts.policy, batch, selection=min(64, cell.preset.evaluation.states), workers=0)
     return {"method": "dpo", "variants": found, "outcome": outcome(exam(cell, OpenVLAOFT.from_pretrained(cell.folder / "policy")))}
 
-# %% ../nbs/28_experiments.ipynb #0ba6b352
-def practise(cell: Cell, dream: Dream, policy, states: list[InitialState], *, chunks: int | None = None, temperature: float | None = None,
-             every: int = 5) -> OpenVLAOFT:
-    "GRPO in the dream; the policy of every `every` iterations is kept under `snapshots/`. Done once, resumable."
-    run, preset = cell.run, cell.preset
-    if not run.is_done("grpo"):
-        before = Simulator.steps
-        def log(iteration, **numbers):
-            run.ledger.add(imagined_frames=numbers["frames"])
-            run.log("grpo", iteration, **numbers)
-            if 0 < iteration + 1 < preset.grpo.iterations and (iteration + 1) % every == 0:
-                policy.save_pretrained(cell.folder / f"snapshots/{iteration + 1:04d}")
-        with run.stage("grpo"):
-            try: train_wmpo(policy, dream, states, preset.grpo, chunks=chunks or preset.task.chunks, seed=cell.seed, run=run, log=log,
-                            temperature=temperature or preset.collect.temperature, checkpointer=stage_checkpoints(run, "grpo", preset.grpo))
-            except NothingToLearn as reason: print(f"practice ends early: {reason}")
-        if Simulator.steps != before: raise RuntimeError("the simulator moved while the policy was dreaming")
-        run.ledger.add(real_initial_frames=len(states))
-        policy.save_pretrained(cell.folder / "policy")
-        run.done("grpo")
-    return OpenVLAOFT.from_pretrained(cell.folder / "policy")
-
-# %% ../nbs/28_experiments.ipynb #270e8970
-def first_frames(batch: TrajectoryBatch) -> list[InitialState]:
-    "Where dreams of recorded trials begin."
-    return [InitialState(int(i), frame) for i, frame in zip(batch.state_id, batch.frames[:, 0])]
-
-# %% ../nbs/28_experiments.ipynb #34e66952
-def dream_learning(cell: Cell) -> list[float]: return [e["success"] for e in read_metrics(cell.folder) if e["stage"] == "grpo"]
-
 # %% ../nbs/28_experiments.ipynb #f73e696c
+def learning(folder: Path) -> list[float]:
+    "Success in the dream, iteration by iteration."
+    return [entry["success"] for entry in practice_log(folder)]
+
 def make_wmpo(cell: Cell) -> dict:
-    "The method: align, practise in the dream, exam; or the run of wmpo-demo that did just that."
+    "The method: collect, align, practise in the dream, exam; or the run of wmpo-demo that did just that."
     if demo := matching_demo(cell):
-        learning = [e["success"] for e in read_metrics(demo) if e["stage"] == "grpo"]
-        return {"method": "wmpo", "outcome": _demo_outcome(demo, 1), "ledger": read_json(demo / "ledger.json"), "reused": str(demo), "learning": learning}
-    batch = gather_trajectories(cell.run, cell.parts, cell.cache, 0)
-    world_model, classifier = align_world_model(cell.run, cell.parts, batch), fit_reward(cell.run, cell.parts, batch)
-    dream = Dream(world_model, cell.parts.vae, classifier, cell.parts.stats)
-    policy = practise(cell, dream, cell.parts.policy(), first_frames(batch))
-    return {"method": "wmpo", "outcome": outcome(exam(cell, policy)), "learning": dream_learning(cell)}
+        return {"method": "wmpo", "outcome": _demo_outcome(demo, 1), "ledger": read_json(demo / "ledger.json"), "reused": str(demo), "learning": learning(demo)}
+    _, policy = run_rounds(cell.run, cell.parts, cell.cache, 0, snapshots=5)
+    return {"method": "wmpo", "outcome": outcome(exam(cell, policy)), "learning": learning(cell.folder)}
 
 # %% ../nbs/28_experiments.ipynb #6fb54720
 def dream_of(cell: Cell, aligned: bool = True) -> Dream:
@@ -372,7 +341,7 @@ def open_loop(world_model: WorldModel, vae, stats, real: TrajectoryBatch, seed: 
 def make_noise(cell: Cell) -> dict:
     "Train with one level of context noise, then PSNR and SSIM by frame position on held-out trials."
     run, parts, noise, path = cell.run, cell.parts, cell.options["noise"], cell.folder / "world_model.safetensors"
-    batch = gather_trajectories(run, parts, cell.cache, 0)
+    batch = gather_trajectories(run, parts.base, cell.cache, 0)
     world_model = noisy_world_model(cell.weights, cell.preset, noise)
     if not run.is_done("align"):
         with run.stage("align"):
@@ -388,6 +357,7 @@ def make_noise(cell: Cell) -> dict:
 
 # %% ../nbs/28_experiments.ipynb #288b5173
 ABLATIONS = {
+    "rounds": {"1": {"collect.rounds": 1}},
     "flow steps": {str(n): {"world_model.flow_steps": n} for n in (1, 2, 5, 10, 30)},
     "alignment": {"off": {"alignment.steps": 0}},
     "dynamic sampling": {"off": {"grpo.accuracy_low": 0.0, "grpo.accuracy_high": 1.0}},
@@ -429,17 +399,20 @@ def branch_points(batch: TrajectoryBatch, chunk: int = 8, context: int = 4) -> t
             contexts[key] = frames[(torch.arange(start - context + 1, start + 1)).clamp(min=0)]
     return states, contexts
 
+def branched(dream: Dream, batch: TrajectoryBatch) -> tuple:
+    "`dream` and the states where to begin inside the trials of `batch`."
+    config = dream.world_model.config
+    states, contexts = branch_points(batch, config.chunk_size, config.context_frames)
+    return BranchedDream(dream.world_model, dream.vae, dream.classifier, dream.stats, contexts), states
+
 # %% ../nbs/28_experiments.ipynb #08a67ffe
 def make_ablation(cell: Cell) -> dict:
-    "Practice with one thing changed, in the world model of the WMPO cell unless alignment is what changes, and the exam."
-    batch, options = gather_trajectories(cell.run, cell.parts, cell.cache, 0), dict(cell.options)
-    ablation, variant = options.pop("ablation"), options.pop("variant")
-    dream, states = dream_of(cell, aligned=cell.preset.alignment.steps > 0), first_frames(batch)
-    if "chunks" in options:
-        states, contexts = branch_points(batch, cell.preset.task.chunk_size, cell.preset.world_model.context_frames)
-        dream = BranchedDream(dream.world_model, dream.vae, dream.classifier, dream.stats, contexts)
-    policy = practise(cell, dream, cell.parts.policy(), states, **options)
-    return {"ablation": ablation, "variant": variant, "outcome": outcome(exam(cell, policy)), "learning": dream_learning(cell)}
+    "The method with one thing changed, and the exam."
+    options = dict(cell.options)
+    named = {name: options.pop(name) for name in ("ablation", "variant")}
+    if "chunks" in options: options["begin"] = branched
+    _, policy = run_rounds(cell.run, cell.parts, cell.cache, 0, **options)
+    return named | {"outcome": outcome(exam(cell, policy)), "learning": learning(cell.folder)}
 
 # %% ../nbs/28_experiments.ipynb #7597a121
 def repaint(environment: Environment, geoms: list[int], rgba: tuple):
@@ -541,8 +514,7 @@ def make_recovery(cell: Cell) -> dict:
 def _round(cell: Cell, number: int, policy, world_model, batches: list) -> tuple:
     "One more round in a folder of its own: fresh trials of `policy`, alignment on all trials so far, practice, exam."
     folder = cell.folder / f"round{number}"
-    inner = SimpleNamespace(folder=folder, preset=cell.preset, seed=cell.seed, job=cell.job)
-    inner.run = Run(folder, cell.preset, f"round {number}", cell.seed, resume=(folder / "config.json").exists())
+    inner = SimpleNamespace(folder=folder, preset=cell.preset, seed=cell.seed, job=cell.job, run=cell.run.inner(folder.name))
     # a block of initial states of its own: later rounds must not try what earlier ones have seen
     with inner.run.stage("collect"): batches.append(collect(policy, cell.preset, cell.cache, seed=cell.seed + 10 * (number - 1), workers=0))
     if not inner.run.is_done("collect"):
@@ -550,11 +522,10 @@ def _round(cell: Cell, number: int, policy, world_model, batches: list) -> tuple
         inner.run.done("collect")
     together = TrajectoryBatch.cat(batches)
     parts = SimpleNamespace(vae=cell.parts.vae, stats=cell.parts.stats, world_model=lambda: world_model, classifier=cell.parts.classifier)
-    aligned, classifier = align_world_model(inner.run, parts, together), fit_reward(inner.run, parts, together)
-    policy = practise(inner, Dream(aligned, parts.vae, classifier, parts.stats), policy, first_frames(together))
+    dream, policy = one_round(inner.run, parts, policy, together, number=number - 1)
     path = folder / "outcome.json"
     if not path.exists(): write_json(path, {"outcome": outcome(exam(inner, policy)), "ledger": inner.run.ledger.state_dict()})
-    return policy, aligned, read_json(path)
+    return policy, dream.world_model, read_json(path)
 
 # %% ../nbs/28_experiments.ipynb #e04e6e3a
 def make_lifelong(cell: Cell) -> dict:

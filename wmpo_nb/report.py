@@ -233,10 +233,11 @@ def validations(history: list[dict]) -> list[tuple]:
 
 def _kept(history: list[dict]) -> str:
     "Which policy was kept, in words; empty if it was simply the last."
-    asked = validations(history)
+    last = max((numbers.get("round", 1) for numbers in history), default=1)                  # each round has its own dream
+    asked = validations([numbers | {"step": numbers.get("step", i)} for i, numbers in enumerate(history) if numbers.get("round", 1) == last])
     if not asked: return ""
     success, iterations = max((success, iterations) for iterations, success in asked)        # of equals, the latest
-    return f" The policy kept is the one of {iterations} iterations: greedy it succeeded most often in the dream, {percent(success)}."
+    return f" The policy kept is the one of {iterations} iterations: greedy it succeeded most often in the{' last' * (last > 1)} dream, {percent(success)}."
 
 # %% ../nbs/16_report.ipynb #02f67fa1
 def _learning(record: dict) -> str:
@@ -464,7 +465,7 @@ def _success_lines(numbers: dict) -> list[str]:
 # %% ../nbs/16_report.ipynb #9bd3cdaf
 def _truth_lines(numbers: dict) -> list[str]:
     "How true the dreams were."
-    lines = ["| seed | dream | balanced accuracy | false successes, of real failures | base policy in the dream | in reality |",
+    lines = ["| seed | dream | balanced accuracy | false successes, of real failures | the policy in the dream | in reality |",
              "|---|---|---|---|---|---|"]
     for run in numbers["runs"]:
         for name, a in run["agreement"].items():
@@ -481,7 +482,7 @@ def _reward_lines(numbers: dict) -> list[str]:
             if r: lines.append(f"| {run['seed']} | {name}, {r['trajectories']} | {r['f1']:.3f} | {r['precision']:.3f} | {r['recall']:.3f} |")
     learning = [f"- seed {run['seed']}: " + ", ".join(f"{100 * x:.0f}" for x in run["learning"]) for run in numbers["runs"]]
     greedy = [f"- seed {run['seed']}: " + ", ".join(f"{100 * x:.0f} ({i})" for i, x in run["validations"]) for run in numbers["runs"]]
-    told = ["", "Greedy success in the dream, one trial from each first frame, of the mean of the weights since the trial before, % (after so many iterations); the best mean was kept:", "", *greedy]
+    told = ["", "Greedy success in the dream, one trial from each first frame, of the mean of the weights since the trial before, % (after so many iterations); the best mean of a round was kept:", "", *greedy]
     return [*lines, "", "Success in the dream by iteration, sampled, %:", "", *learning, *told * any(run["validations"] for run in numbers["runs"])]
 
 # %% ../nbs/16_report.ipynb #fd35f029

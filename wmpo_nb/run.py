@@ -768,6 +768,12 @@ class Ledger:
         "Add to the counts by name."
         for name, count in counts.items(): setattr(self, name, getattr(self, name) + int(count))
 
+    def include(self, other: "Ledger"):
+        "Add all counts and seconds of `other`."
+        counts = dataclasses.asdict(other)
+        for stage, seconds in counts.pop("seconds").items(): self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+        self.add(**counts)
+
 # %% ../nbs/01_run.ipynb #6aa74f0e
 @patch
 def _book(self: Ledger):
@@ -950,12 +956,19 @@ def stage(self: Run, name: str):
 
 @patch
 def done(self: Run, stage: str):
-    "Mark `stage` as complete, for a later `is_done`."
+    "Mark `stage` as complete, for a later `is_done`, with what the ledger says by then."
     self._done = [*(s for s in self._done if s != stage), stage]
+    self._write("ledger.json", self.ledger.state_dict())
     self._write("done.json", self._done)
 
 @patch
 def is_done(self: Run, stage: str) -> bool: return stage in self._done
+
+@patch
+def inner(self: Run, name: str) -> Run:
+    "A run with a folder `name` and a ledger of its own within this one, gone on with if it is there."
+    folder = self.folder/name
+    return Run(folder, self.preset, f"{self.command}, {name}", self.seed, resume=(folder/"config.json").exists(), keep=self.keep)
 
 # %% ../nbs/01_run.ipynb #7187b86f
 @patch

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['mix_seed', 'draw_states', 'NothingToLearn', 'decision_frames', 'try_states', 'gather', 'forward_passes',
            'token_statistics', 'kl_to_start', 'update', 'Waiting', 'film_strip', 'Filmed', 'WithoutAdapters', 'Mean',
-           'Best', 'validate', 'train_wmpo', 'dream_starts', 'main']
+           'Best', 'validate', 'train_wmpo', 'first_frames', 'dream_starts', 'main']
 
 # %% ../nbs/14_wmpo.ipynb #d59f5307
 import math, resource, sys, time
@@ -322,23 +322,23 @@ class Mean:
 class Best:
     "The `mean` of the weights of `trained` since the last offer, and of all that were offered the one with the most `success`."
     def __init__(self, trained, wanted: bool):
-        self.trained, self.success, self.mean = trained, -1.0, Mean(trained, wanted)
+        self.trained, self.success, self.offers, self.mean = trained, -1.0, 0, Mean(trained, wanted)
         self.weights = float_copy(trained) if wanted else {}
 
     def offer(self, success: float):
         "Keep the mean if it is no worse than what is kept, and begin another one."
         if success >= self.success: self.success, self.weights, self.mean.weights = success, self.mean.weights, self.weights
-        self.mean.count = 0
+        self.mean.count, self.offers = 0, self.offers + 1
 
     def restore(self):
-        if self.success >= 0: self.trained.load_state_dict(self.weights)
+        if self.offers: self.trained.load_state_dict(self.weights)
 
     def state_dict(self) -> dict:
-        return {"success": self.success, "weights": self.weights, "count": self.mean.count, "mean": self.mean.weights}
+        return {"success": self.success, "offers": self.offers, "weights": self.weights, "count": self.mean.count, "mean": self.mean.weights}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict):
-        self.success, self.mean.count = state["success"], state["count"]
+        self.success, self.offers, self.mean.count = state["success"], state["offers"], state["count"]
         for mine, saved in ((self.weights, state["weights"]), (self.mean.weights, state["mean"])):
             for key, value in saved.items(): mine[key].copy_(value)
 
@@ -352,6 +352,20 @@ def validate(policy, world, states: list[InitialState], config: GRPOConfig, chun
     return {"validation": float(outcome[:, 0].mean()), "frames": int(outcome[:, 1].sum()), "trajectories": len(outcome)}
 
 # %% ../nbs/14_wmpo.ipynb #d3e8f5a6
+def _together(*parts: dict) -> dict:
+    "What is to be logged of an iteration and of what was asked beside it; the costs add up."
+    merged = {name: value for part in parts for name, value in part.items()}
+    return merged | {name: sum(part.get(name, 0) for part in parts) for name in ("frames", "trajectories")}
+
+
+def _try_start(best: Best, policy, world, states, config: GRPOConfig, chunks: int) -> dict:
+    "The policy that practice begins with is the first to beat; what to log."
+    if not config.validate_every: return {}
+    numbers = validate(policy, world, states, config, chunks)
+    best.success = numbers.pop("validation")
+    return numbers | {"start_validation": best.success}
+
+
 def _keep_best(best: Best, policy, world, states, config: GRPOConfig, iteration: int, chunks: int) -> dict:
     "Validate the mean of the last `config.validate_every` iterations' weights when they are complete; what to log."
     if not config.validate_every: return {}
@@ -365,7 +379,6 @@ def _keep_best(best: Best, policy, world, states, config: GRPOConfig, iteration:
 def train_wmpo(policy: TrainablePolicy, world: World, states: list[InitialState], config: GRPOConfig, *, chunks: int, temperature: float,
                seed: int = 0, checkpointer: Checkpointer | None = None, log=None, run: Run | None = None):
     """Improve `policy`, or `config.lora_rank` adapters of it, in `world` from `states`; returns it, changed in place. (Algorithm 1)
-
     `log(iteration, **numbers)`, by default `run.log`, is called once per iteration. With a `checkpointer` it goes on where it
     stopped; that and several processes change the result by rounding at most. Raises `NothingToLearn`, `Diverged`, `Stopped`."""
     accelerator, waiting, world = start_processes(), Waiting(), Filmed(world)
@@ -374,6 +387,7 @@ def train_wmpo(policy: TrainablePolicy, world: World, states: list[InitialState]
     best = Best(trained_part(policy), bool(config.validate_every))
     if run and log is None: log = lambda iteration, **numbers: run.log("grpo", iteration, **numbers)
     first = _restore(checkpointer, run, policy=best.trained, optimizer=optimizer, waiting=waiting, best=best)
+    before = {} if first else _try_start(best, policy, world, states, config, chunks)
     try:
         for iteration in progress(config.iterations, "grpo", first):
             world.film = None if run and config.videos_every and iteration % config.videos_every == 0 else ()
@@ -382,7 +396,7 @@ def train_wmpo(policy: TrainablePolicy, world: World, states: list[InitialState]
             if run: run.ledger.add(optimiser_steps=numbers["optimiser_steps"])
             if world.film: run.film("grpo", iteration, world.film)
             tried = _keep_best(best, policy, world, states, config, iteration, chunks)
-            if log: log(iteration, **numbers | tried | {name: numbers[name] + tried.get(name, 0) for name in ("frames", "trajectories")})
+            if log: log(iteration, **_together(numbers, tried, before if iteration == first else {}))
             if checkpointer: checkpointer.maybe_save(iteration + 1)
     finally: best.restore()
     return policy.eval()
@@ -396,11 +410,14 @@ def _dream_parts(args, preset):
     return (load_world_model(args.world_model, preset.world_model, preset), load_vae(args.vae), load_reward(args.reward, preset=preset))
 
 # %% ../nbs/14_wmpo.ipynb #4ad84ded
+def first_frames(batch: TrajectoryBatch) -> list[InitialState]:
+    "Where dreams of recorded trials begin."
+    return [InitialState(int(i), frame) for i, frame in zip(batch.state_id, batch.frames[:, 0])]
+
 def dream_starts(folder) -> list[InitialState]:
     "Where dreams begin: the first frames of the trajectories (*.tar) in `folder`, or its pictures (<number>.png)."
     if any(Path(folder).glob("*.png")): return load_first_frames(folder)
-    batch = read_shards(folder)
-    return [InitialState(int(i), frame) for i, frame in zip(batch.state_id, batch.frames[:, 0])]
+    return first_frames(read_shards(folder))
 
 # %% ../nbs/14_wmpo.ipynb #375bda48
 def _dream(args, preset, stats):
