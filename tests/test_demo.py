@@ -12,7 +12,7 @@ import pytest
 from helpers import refusal
 from wmpo_nb.demo import SHIPPED, TRAINED, main, practice_log, share
 
-TINY = ["--fast", "--workers", "2", "--collect.trajectories", "24", "--alignment.steps", "3", "--reward_training.steps", "3",
+TINY = ["--fast", "--workers", "2", "--collect.trajectories", "24", "--collect.rounds", "2", "--alignment.steps", "3", "--reward_training.steps", "3",
         "--grpo.iterations", "2", "--grpo.groups", "2", "--grpo.group_size", "4", "--grpo.max_draws", "2", "--evaluation.states", "4",
         "--world_model.flow_steps", "2", "--grpo.accuracy_low", "0", "--grpo.accuracy_high", "1"]
 

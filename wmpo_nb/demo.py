@@ -97,7 +97,7 @@ def practise(run: Run, policy, dream: Dream, states: list[InitialState], *, numb
         if snapshots and (iteration + 1) % snapshots == 0 and iteration + 1 < config.iterations:
             policy.save_pretrained(run.folder / f"snapshots/{iteration + 1:04d}")
     with run.stage("grpo"):
-        try: train_wmpo(policy, dream, states, config, chunks=chunks or run.preset.task.chunks, seed=mix_seed(run.seed, number), run=run,
+        try: train_wmpo(policy, dream, states, config, chunks=chunks or run.preset.task.chunks, seed=mix_seed(run.seed, number) if number else run.seed, run=run,
                         temperature=temperature or run.preset.collect.temperature, log=log, checkpointer=stage_checkpoints(run, "grpo", config))
         except NothingToLearn as reason: print(f"practice ends early: {reason}")
     if Simulator.steps != before: raise RuntimeError("the simulator moved while the policy was dreaming")

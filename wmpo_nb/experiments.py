@@ -357,7 +357,7 @@ def make_noise(cell: Cell) -> dict:
 
 # %% ../nbs/28_experiments.ipynb #288b5173
 ABLATIONS = {
-    "rounds": {"1": {"collect.rounds": 1}},
+    "rounds": {"2": {"collect.rounds": 2}},
     "flow steps": {str(n): {"world_model.flow_steps": n} for n in (1, 2, 5, 10, 30)},
     "alignment": {"off": {"alignment.steps": 0}},
     "dynamic sampling": {"off": {"grpo.accuracy_low": 0.0, "grpo.accuracy_high": 1.0}},

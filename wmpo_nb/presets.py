@@ -134,7 +134,7 @@ class CollectConfig:
     "Real trajectories: the budget P and how the policy acts while collecting."
     trajectories: int = 128                            # P
     temperature: float = 0.7                           # sampling temperature of the action tokens
-    rounds: int = 2                                    # wmpo-demo: collect, align and practise so often, with a share of P and of grpo.iterations each (1 in the paper)
+    rounds: int = 1                                    # wmpo-demo: collect, align and practise so often, with a share of P and of grpo.iterations each
     round_rate: float = 0.25                           # learning rate of a round's practice, as a share of the round's before
 
 # %% ../nbs/00_presets.ipynb #5b2489cb
@@ -358,7 +358,7 @@ def _paper_preset(task: str, budget: int) -> Preset:
         reward=RewardConfig(image_size=224, patch_size=16, hidden_size=768, num_layers=12, num_heads=12, intermediate_size=3072,
                             threshold=threshold, first_clip_end=108, image_mean=(0.485, 0.456, 0.406),
                             image_std=(0.229, 0.224, 0.225)),
-        pretrain_data=PretrainDataConfig(tasks=()), collect=CollectConfig(trajectories=budget, temperature=1.6, rounds=1),
+        pretrain_data=PretrainDataConfig(tasks=()), collect=CollectConfig(trajectories=budget, temperature=1.6),
         **_paper_training())
 
 # %% ../nbs/00_presets.ipynb #6d8a080c
@@ -453,7 +453,6 @@ OTHER_DIFFERENCES = (
     ("the action beside a frame", "-", "pre-training: the one taken at it; alignment: the one leading to it", "the one leading to it"),
     ("number of an initial state", "-", "8 bits, wraps above 255", "64 bits"),
     ("states of training and evaluation", "128 for evaluation", "the same file for both", "disjoint ranges of seeds"),
-    ("the P trajectories", "collected once, by the base policy", "the same", "the same; tiny presets: in two rounds, the second by the policy of the first (`collect.rounds`)"),
     ("which policy is reported", "-", "the best in the simulator, on the states of evaluation", "the last; tiny presets: the mean of five that is best in the dream (`grpo.validate_every`)"),
     ("imagined part of a success", "-", "dreamt to the horizon, then masked", "a dream ends with the chunk that succeeds"),
 )
