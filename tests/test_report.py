@@ -202,6 +202,10 @@ def test_it_says_which_policy_the_dream_chose(seeds, tmp_path):
     chosen = seeds[0] | {"learning": history}
     text = read(page(chosen)).text
     assert "The policy kept is the one of 6 iterations" in text and "50.0 %" in text and "greedy" in text
+    rounds = [numbers | {"round": 1 + i // 6, "step": i} for i, numbers in enumerate(history)]      # the dream of round 1 is not asked any more
+    assert "8 iterations: greedy it succeeded most often in the last dream, 37.5 %" in read(page(chosen | {"learning": rounds})).text
+    rounds[6]["start_validation"] = 0.45
+    assert "kept is the one practice began with: greedy it succeeded in 45.0 %" in read(page(chosen | {"learning": rounds})).text
     assert summary(chosen)["validations"] == [[2, 0.25], [4, 0.5], [6, 0.5], [8, 0.375]]
     write_results(tmp_path / "r", [chosen])
     assert "- seed 3: 25 (2), 50 (4), 50 (6), 38 (8)" in (tmp_path / "r.md").read_text()

@@ -237,6 +237,8 @@ def _kept(history: list[dict]) -> str:
     asked = validations([numbers | {"step": numbers.get("step", i)} for i, numbers in enumerate(history) if numbers.get("round", 1) == last])
     if not asked: return ""
     success, iterations = max((success, iterations) for iterations, success in asked)        # of equals, the latest
+    begun = max(numbers.get("start_validation") or 0 for numbers in history if numbers.get("round", 1) == last)
+    if begun > success: return f" The policy kept is the one practice began with: greedy it succeeded in {percent(begun)} of dreams, no later one in as many."
     return f" The policy kept is the one of {iterations} iterations: greedy it succeeded most often in the{' last' * (last > 1)} dream, {percent(success)}."
 
 # %% ../nbs/16_report.ipynb #02f67fa1
