@@ -454,7 +454,7 @@ def lifelong_figure(cells: list[dict]):
         rounds = sorted({c["round"] for c in cells if c["method"] == method})
         groups = [dict(enumerate(c for c in cells if c["method"] == method and c["round"] == r)) for r in rounds]
         _points(ax, [r + 0.06 * i for r in rounds], groups, "WMPO, round after round" if method == "wmpo" else method)
-    ax.set(xlabel="round", ylabel="success, % (95 %)")
+    ax.set(xlabel="round", ylabel="success, % (95 %)", xticks=sorted({c["round"] for c in cells}))
     ax.legend(fontsize=7)
     return figure
 
