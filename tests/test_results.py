@@ -106,7 +106,7 @@ def test_checkpoints_are_ranked_within_and_across_runs():
 
 
 def test_pages_are_made_again_to_the_byte(tmp_path):
-    record = {"experiment": "table1", "commands": ["wmpo-experiment table1"], "cells": CELLS}
+    record = {"experiment": "table1", "commands": ["wmpo-experiment table1"], "cells": CELLS, "remark": "Made with other weights."}
     png = base64.b64encode(b"not really a picture").decode()
     film = {"preset": "tiny_lift", "P": 128, "seed": 0, "method": "wmpo", "film": f"data:image/png;base64,{png}",
             "counts": {"trials": 4, "success": 2, "failed_grasp": 1, "recovered": 1}}
@@ -121,6 +121,7 @@ def test_pages_are_made_again_to_the_byte(tmp_path):
     assert (tmp_path / "figures/recovery_tiny_lift_128_wmpo_0.png").read_bytes() == b"not really a picture"
     text = (tmp_path / "table1.md").read_text()
     assert "`wmpo-experiment table1`" in text and "Seeds: 0, 1." in text and "Fewer than three seeds" in text
+    assert "**Made with other weights.**" in text and "**Made with" not in (tmp_path / "recoveries.md").read_text()
     assert text.index("WMPO against base") < text.index("The paper's own Table 1")
 
 

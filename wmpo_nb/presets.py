@@ -141,17 +141,17 @@ class CollectConfig:
 @dataclass(frozen=True)
 class SFTConfig:
     "Behaviour cloning of the base policy on scripted demonstrations."
-    demonstrations: int = 200
-    steps: int = 600
+    demonstrations: int = 60                           # few, learnt well: a policy that is often wrong, and sure of what it does
+    steps: int = 1500
     batch_size: int = 16
     learning_rate: float = 1e-3
     optimizer: str = "muon"                            # "muon" (block matrices; AdamW on the rest) or "adamw"
     muon_learning_rate: float = 0.01
     weight_decay: float = 0.01
     warmup_steps: int = 100
-    decay_steps: int = 600                             # linear cool-down to zero over the last steps
+    decay_steps: int = 1000                            # linear cool-down to zero over the last steps
     ema: float = 0.995                                 # average of the weights that becomes the policy
-    label_sigma: float = 3.0                           # Gaussian smoothing of the 256-bin targets, bins (0: plain one-hot)
+    label_sigma: float = 0.5                           # Gaussian smoothing of the targets, bins (0: plain one-hot)
     image_shift: int = 2                               # random translation, pixels
     grad_clip: float = 1.0
     lora_rank: int = 0                                 # train low-rank adapters of this rank beside frozen weights (0: all weights)
@@ -280,7 +280,7 @@ class Preset:
     vae: VAEConfig = field(default_factory=VAEConfig)
     stdit: STDiTConfig = field(default_factory=lambda: STDiTConfig(action_dim=28))
     world_model: WorldModelConfig = field(default_factory=lambda: WorldModelConfig(action_history=2))
-    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    policy: PolicyConfig = field(default_factory=lambda: PolicyConfig(bins=32))
     reward: RewardConfig = field(default_factory=RewardConfig)
     pretrain_data: PretrainDataConfig = field(default_factory=PretrainDataConfig)
     collect: CollectConfig = field(default_factory=CollectConfig)

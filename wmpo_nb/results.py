@@ -503,11 +503,12 @@ BOUNDS = ("In brackets: counts and 95 % intervals (Wilson; paired differences Ne
 
 # %% ../nbs/26_results.ipynb #43f2328a
 def page_markdown(record: dict) -> str:
-    "The page of one result file."
+    "The page of one result file. Its `remark`, where it has one, says what a reader must know about its cells."
     title, body, figure = PAGES[record["experiment"]]
     seeds = sorted({c["seed"] for c in record["cells"]})
     made = ["Made by", "", *(f"- `{command}`" for command in record["commands"]), "", f"Seeds: {', '.join(map(str, seeds))}."]
     if len(seeds) < 3: made.append("**Fewer than three seeds: nothing here says how much training itself varies.**")
+    if record.get("remark"): made += ["", f"**{record['remark']}**"]
     picture = [f"![{title}](figures/{record['experiment']}.png)", ""] if figure else []
     return "\n".join([f"# {title}", "", *made, "", *picture, body(record["cells"]), BOUNDS, ""])
 
