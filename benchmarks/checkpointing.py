@@ -13,7 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from wmpo_nb.alignment import make_world_model
-from wmpo_nb.policy import OpenVLAOFT
+from wmpo_nb.policy import OpenVLAOFT, action_ids
 from wmpo_nb.presets import load_preset
 from wmpo_nb.run import checkpoint_blocks
 from wmpo_nb.trajectory import ActionStats
@@ -25,7 +25,7 @@ def policy_case(preset):
     "The policy and the loss of one forward pass of `wmpo-train`: the chunks of `micro_batch` trajectories."
     frames = torch.zeros(preset.grpo.micro_batch * preset.task.chunks, 64, 64, 3, dtype=torch.uint8)
     policy = OpenVLAOFT(preset.policy, ActionStats.from_actions(torch.rand(50, 7) * 2 - 1), "lift")
-    return policy, lambda: policy.log_probs(frames, torch.full((len(frames), 56), 300), 1.0).mean()
+    return policy, lambda: policy.log_probs(frames, torch.full((len(frames), 56), action_ids(policy.config).start), 1.0).mean()
 
 
 def world_model_case(preset):

@@ -18,7 +18,7 @@ from wmpo_nb.alignment import make_world_model
 from wmpo_nb.estimate import (
     DEVICES, GIB, Device, Setup, Step, configured_setup, estimate, in_words, launched_setup, main, on_meta, parameters, remedy,
     rollout_buffers, step_of, this_device, training_memory)
-from wmpo_nb.policy import OpenVLAOFT
+from wmpo_nb.policy import OpenVLAOFT, action_ids
 from wmpo_nb.presets import UserError, load_preset, override
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -56,7 +56,7 @@ def flow(model):
 def clone(model):
     actions = action_ids(preset.policy)
     with model.autocast(): logits = model(*model.inputs(frames(config.batch_size)))[..., actions]
-    return imitation_loss(logits, torch.full((config.batch_size, 56), actions.start), smoothed_targets(256, 3.0), actions.start)
+    return imitation_loss(logits, torch.full((config.batch_size, 56), actions.start), smoothed_targets(preset.policy.bins, 3.0), actions.start)
 
 def classify(model):
     half = config.batch_size // 2
@@ -140,7 +140,7 @@ def test_memory_of_a_real_policy_update_is_within_a_quarter(checkpointing):
     from wmpo_nb.wmpo import update
     policy = OpenVLAOFT(TINY.policy, ActionStats.from_actions(torch.rand(50, 7)), "lift")
     config, n, chunks = replace(TINY.grpo, mini_batch=8, micro_batch=8), 8, TINY.task.chunks
-    tokens = torch.full((n, chunks, 56), 300)
+    tokens = torch.full((n, chunks, 56), action_ids(policy.config).start)
     steps = torch.full((n,), 8 * chunks)
     batch = TrajectoryBatch(torch.zeros(n, chunks + 1, 64, 64, 3, dtype=torch.uint8), torch.zeros(n, 8 * chunks, 7), tokens, tokens.float(),
                             torch.arange(n) % 2 == 0, steps, steps, torch.arange(n), torch.arange(n))
