@@ -26,6 +26,7 @@ def test_unknown_preset_field_and_value(capsys, tmp_path):
     assert "Did you mean 'grpo.group_size'" in message(capsys, "--grpo.groupsize", "4", *out)
     assert "grpo.group_size" in message(capsys, "--grpo.group_size", "many", *out)
     assert "tiny presets" in message(capsys, "--preset", "coffee_128", *out)
+    assert "--from-scratch makes them" in message(capsys, "--preset", "tiny_stack", *out)
     assert not (tmp_path / "run").exists()
 
 

@@ -1,13 +1,17 @@
 "Weights from nothing, very small: every stage runs, resumes, and leaves what a run can start from."
+import shutil
+
 import pytest
 import torch
 
 from wmpo_nb import from_scratch
+from wmpo_nb.alignment import load_world_model
 from wmpo_nb.demo import Parts
 from wmpo_nb.from_scratch import JoinedWindows, make_weights
 from wmpo_nb.presets import load_preset
 from wmpo_nb.run import Run
 from wmpo_nb.trajectory import read_shards
+from wmpo_nb.vae import load_vae
 
 SMALL = {"pretrain_data.tasks": '["lift", "stack"]', "sft.demonstrations": 4, "sft.steps": 3, "pretrain_data.demonstrations": 6,
          "pretrain_data.near_misses": 4, "pretrain_data.play": 2, "vae_training.steps": 3, "pretraining.steps": 3, "reward_pretraining.steps": 3}
@@ -52,3 +56,17 @@ def test_joined_windows_are_drawn_by_their_number():
         def sample(self, generator, n, chunk_starts): return torch.full((n, 1), self.value), torch.full((n, 1), self.value)
     first, second = JoinedWindows([Source(0.0, 900), Source(1.0, 100)]).sample(torch.Generator().manual_seed(0), 4000)
     assert torch.equal(first, second) and abs(first.mean().item() - 0.1) < 0.02
+
+
+def test_a_warm_start_goes_on_from_the_shipped_weights(tmp_path, scratch):
+    cold, _, _ = scratch
+    still = {"pretrain_data.warm_start": True, "pretrain_data.tasks": '["lift"]', "vae_training.learning_rate": 0, "pretraining.learning_rate": 0,
+             "pretraining.muon_learning_rate": 0}
+    run = Run(tmp_path, load_preset("tiny_lift", {k: str(v) for k, v in (SMALL | still).items()}), "test", 0)
+    for name in ("data", "weights"): shutil.copytree(cold / name, tmp_path / name)
+    vae, shipped = from_scratch.train_autoencoder(run, run.preset), load_vae(from_scratch.SHIPPED / "vae.safetensors")
+    for part in ("encoder", "decoder"):      # not the biases between them, which centre the latents of other frames
+        torch.testing.assert_close(getattr(vae.module, part).state_dict(), getattr(shipped.module, part).state_dict())
+    world_model = from_scratch.pretrain_world_model(run, run.preset, vae)
+    shipped = load_world_model(from_scratch.SHIPPED / "world_model.safetensors", run.preset.world_model)
+    torch.testing.assert_close(world_model.state_dict(), shipped.state_dict())

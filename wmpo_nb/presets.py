@@ -264,6 +264,7 @@ class PretrainDataConfig:
     near_misses: int = 3200                            # ... jittery expert with a displaced grasp and slips of the gripper, retried
     play: int = 100                                    # ... random targets around the objects
     other_tasks_share: float = 0.25                    # of these counts, for each further task
+    warm_start: bool = False                           # VAE and world model go on from the shipped ones instead of random weights
 
 # %% ../nbs/00_presets.ipynb #674b58f6
 def _tiny_alignment() -> WorldModelTrainConfig:
@@ -303,7 +304,14 @@ def to_dict(self: Preset) -> dict:
 
 # %% ../nbs/00_presets.ipynb #c03077e4
 def _tiny_stack() -> Preset:
-    return Preset(name="tiny_stack", task=TaskConfig(name="stack", instruction="stack", horizon=48))
+    place = (0.0, 0.0, 0.877)                          # higher and wider than for one cube: the upper one must stay in sight
+    task = TaskConfig(name="stack", instruction="stack", horizon=48, placement=0.06, camera_target=place, camera_fovy=18.0,
+                      second_camera=((0.0, 0.60, 0.95), place, 18.0))
+    return Preset(
+        name="tiny_stack", task=task, pretrain_data=PretrainDataConfig(tasks=("stack",), near_misses=1500, warm_start=True),
+        sft=SFTConfig(demonstrations=150, steps=5000, decay_steps=1500),
+        vae_training=VAETrainConfig(steps=3000, decay_steps=1500, learning_rate=2e-3),
+        pretraining=WorldModelTrainConfig(steps=6000, decay_steps=2000, learning_rate=2.8e-3, muon_learning_rate=0.035))
 
 def _tiny_tower(task: str, horizon: int, placement: float) -> Preset:
     instruction = task.removesuffix("_free")

@@ -72,8 +72,8 @@ TASKS = {
         Waypoint("cube", 0.09, -1, 1.2), Waypoint("cube", 0.0, -1, 0.7), Waypoint("cube", 0.0, 1, 0.3, True),
         Waypoint("cube", 0.14, 1, 2.0))),
     "stack": Task("Stack", ("cubeA", "cubeB"), (
-        Waypoint("cubeA", 0.09, -1, 1.2), Waypoint("cubeA", 0.0, -1, 0.7), Waypoint("cubeA", 0.0, 1, 0.3, True),
-        Waypoint("cubeA", 0.10, 1, 0.6), Waypoint("cubeB", 0.12, 1, 1.2), Waypoint("cubeB", 0.047, 1, 0.7),
+        Waypoint("cubeA", 0.07, -1, 1.2), Waypoint("cubeA", 0.0, -1, 0.7), Waypoint("cubeA", 0.0, 1, 0.3, True),
+        Waypoint("cubeA", 0.085, 1, 0.6), Waypoint("cubeB", 0.085, 1, 1.2), Waypoint("cubeB", 0.047, 1, 0.7),
         Waypoint("cubeB", 0.047, -1, 0.2, True), Waypoint("cubeB", 0.14, -1, 2.0))),
     "stack_free": Task("StackFree", ("cubeA", "cubeB"), _pick_and_place("cubeA", "cubeB", 0.045)),
     "stack_three_free": Task("StackThreeFree", ("cubeA", "cubeB", "cubeC"),
@@ -374,8 +374,8 @@ class Style(NamedTuple):
     noise: float = 0.0            # standard deviation of smooth noise on executed actions, in action units
     smooth: float = 0.7           # how much of that noise lasts to the next step (0: as jumpy as a sampled policy)
     slips: float = 0.0            # chance of the opposite gripper command, each step
-    displacement: float = 0.0     # standard deviation of the grasp's horizontal offset, metres
-    turn: float = 0.0             # standard deviation of the grasp's yaw error, radians
+    displacement: float = 0.0     # standard deviation of the horizontal offset from each body, metres
+    turn: float = 0.0             # standard deviation of the yaw error at each body, radians
     play: bool = False            # random targets around the objects and random gripper commands
 
 # %% ../nbs/03_simulator.ipynb #6e53258e
@@ -385,8 +385,9 @@ def _plan(env: Environment, style: Style, rng) -> list:
     if style.play:
         offset = rng.normal(0, [0.05, 0.05, 0.03]) + [0, 0, abs(rng.normal(0.0, 0.06))]
         return [(bodies[rng.integers(len(bodies))], offset, rng.normal(0, 0.5), rng.choice([-1.0, 1.0]), rng.uniform(0.2, 0.7), False)]
-    shift, turn = rng.normal(0, style.displacement, 3) * [1, 1, 0.5], rng.normal(0, style.turn)
-    return [(w.target, shift + [0, 0, w.offset], turn, w.gripper, w.seconds, w.settle) for w in env.spec.waypoints]
+    errors = {body: (rng.normal(0, style.displacement, 3) * [1, 1, 0.5], rng.normal(0, style.turn)) for body in bodies}
+    return [(w.target, errors[w.target][0] + [0, 0, w.offset], errors[w.target][1], w.gripper, w.seconds, w.settle)
+            for w in env.spec.waypoints]
 
 # %% ../nbs/03_simulator.ipynb #d0e00e6a
 def _smooth_noise(style: Style, steps: int, rng) -> np.ndarray:
