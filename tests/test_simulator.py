@@ -2,6 +2,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from wmpo_nb.presets import TaskConfig, UserError, load_preset
 from wmpo_nb.simulator import (
-    Environment, Simulator, Style, choose_gl, collect_scripted, initial_states, script_trial, scripted_styles)
+    TASKS, Environment, Simulator, Style, _plan, choose_gl, collect_scripted, initial_states, script_trial, scripted_styles)
 from wmpo_nb.trajectory import InitialState, read_shards
 
 TASK = TaskConfig(image_size=32)
@@ -252,3 +253,10 @@ def test_a_tower_trial_replays_from_a_state():
     env.reset(4)
     env.reset_to(state)
     assert np.array_equal(env.env.sim.get_state().flatten()[1:], state[1:])
+
+
+def test_a_scripted_trial_errs_separately_at_each_object():
+    "Who grasps badly need not place badly: one displacement for each body, the same whenever the hand goes there."
+    steps = _plan(SimpleNamespace(spec=TASKS["stack"]), Style(displacement=0.03, turn=0.3), np.random.default_rng(0))
+    errors = {(body, *np.round(offset[:2], 9), turn) for body, offset, turn, *_ in steps}
+    assert sorted(body for body, *_ in errors) == ["cubeA", "cubeB"]
