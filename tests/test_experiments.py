@@ -14,7 +14,7 @@ import torch
 from helpers import refusal
 from wmpo_nb import simulator as simulator_room
 from wmpo_nb.experiments import (ABLATIONS, EXPERIMENTS, KINDS, BranchedDream, Job, artefact, branch_points, cells_of, changed_fields, disturb,
-                                 displaced, failed_grasps, is_finished, job_name, main, plan, read_json, result_of, run_jobs, same_preset, vary,
+                                 displaced, failed_grasps, is_finished, job_name, main, only, plan, read_json, result_of, run_jobs, same_preset, vary,
                                  watch_trial, write_json)
 from wmpo_nb.presets import PRESETS, UserError, load_preset, override, seeds_for
 from wmpo_nb.results import PAGES
@@ -41,6 +41,17 @@ def test_plans_are_complete_and_without_duplicates(experiment):
     # one base cell a seed serves both budgets, and says nothing about either
     base = [job for job in jobs if job.kind == "base"]
     assert experiment == "noise" or len(base) == 2 and {job.preset.collect.trajectories for job in base} == {128}
+
+
+def test_some_cells_come_with_what_they_need(capsys, tmp_path):
+    jobs = plan("agreement", PRESET, [128], [0, 1])
+    assert only(jobs, ["agreement"]) == jobs                           # needs all of Table 1
+    some = only(plan("disruptions", PRESET, [128], [0]), ["base-p*", "wmpo-none"])
+    assert [job.name.split("/")[-1] for job in some if job.kind == "disruption"] == ["base-position", "wmpo-none"]
+    assert {need for job in some for need in job.needs} <= {job.name for job in some}
+    assert [job.kind for job in only(plan("table1", PRESET, [128], [0]), ["dpo"])] == ["trajectories", "dpo"]
+    said = message(capsys, "table1", "--only", "ppo", "--output", str(tmp_path / "runs"))
+    assert "ppo" in said and "dpo" in said and not (tmp_path / "runs").exists()
 
 
 def test_variants_change_what_they_say():

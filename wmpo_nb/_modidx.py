@@ -301,6 +301,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'wmpo_nb.experiments.noise_jobs': ('experiments.html#noise_jobs', 'wmpo_nb/experiments.py'),
                                      'wmpo_nb.experiments.noisy_world_model': ( 'experiments.html#noisy_world_model',
                                                                                 'wmpo_nb/experiments.py'),
+                                     'wmpo_nb.experiments.only': ('experiments.html#only', 'wmpo_nb/experiments.py'),
                                      'wmpo_nb.experiments.open_loop': ('experiments.html#open_loop', 'wmpo_nb/experiments.py'),
                                      'wmpo_nb.experiments.peak_scores': ('experiments.html#peak_scores', 'wmpo_nb/experiments.py'),
                                      'wmpo_nb.experiments.plan': ('experiments.html#plan', 'wmpo_nb/experiments.py'),

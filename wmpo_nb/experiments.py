@@ -10,10 +10,10 @@ __all__ = ['ABLATIONS', 'WMPO_CELLS', 'ALL_CELLS', 'KINDS', 'EXPERIMENTS', 'Job'
            'disrupted', 'make_disruption', 'watch_trial', 'failed_grasps', 'recovery_film', 'make_recovery',
            'make_lifelong', 'make_imitation', 'table1_jobs', 'noise_jobs', 'agreement_jobs', 'ablation_job',
            'truth_job', 'alignment_jobs', 'flow_steps_jobs', 'ablations_jobs', 'disruptions_jobs', 'recoveries_jobs',
-           'lifelong_jobs', 'plan', 'cells_of', 'result_of', 'collate', 'cell_words', 'run_cell', 'main']
+           'lifelong_jobs', 'plan', 'only', 'cells_of', 'result_of', 'collate', 'cell_words', 'run_cell', 'main']
 
 # %% ../nbs/28_experiments.ipynb #73bc2242
-import base64, io, json, os, shlex, subprocess, sys, time
+import base64, fnmatch, io, json, os, shlex, subprocess, sys, time
 from argparse import SUPPRESS
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -645,6 +645,17 @@ def plan(experiment: str, preset: Preset, budgets: list[int], seeds: list[int]) 
     order = ("base", "trajectories", "wmpo", "lifelong", "ablation", "grpo", "dpo")
     return sorted(jobs.values(), key=lambda job: order.index(job.kind) if job.kind in order else len(order))
 
+# %% ../nbs/28_experiments.ipynb #67040922
+def only(jobs: list[Job], patterns: list[str]) -> list[Job]:
+    "Of `jobs` those whose folder's own name matches one of the `patterns`, and whatever they need. Raises `UserError` if a pattern has none."
+    known, names = {job.name: job for job in jobs}, {job.name: job.name.split("/")[-1] for job in jobs}
+    for pattern in patterns:
+        if not fnmatch.filter(names.values(), pattern):
+            raise UserError(f"--only {pattern}: no such cell; there are {', '.join(sorted(set(names.values())))}")
+    wanted = {name for name, own in names.items() if any(fnmatch.fnmatchcase(own, pattern) for pattern in patterns)}
+    while more := {need for name in wanted for need in known[name].needs} - wanted: wanted |= more
+    return [job for job in jobs if job.name in wanted]
+
 # %% ../nbs/28_experiments.ipynb #53b7ae9a
 def cells_of(root: Path, experiment: str) -> list[dict]:
     "The records of all finished cells of an experiment, whatever preset, budget or seed."
@@ -708,10 +719,12 @@ def _parser():
                            "wmpo-experiment table1 --preset tiny_lift --budgets 128 512 --seeds 0 1 2\n"
                            "wmpo-experiment table1 --preset tiny_lift --plan\n"
                            "wmpo-experiment agreement --preset tiny_lift --seeds 0 1 2 --jobs 2\n"
+                           "wmpo-experiment flow-steps --seeds 0 --only 'truth-*' flow_steps-1\n"
                            "wmpo-experiment pages")
     parser.add_argument("experiment", choices=(*EXPERIMENTS, "pages", "cell"), help="which; `pages` makes all tables and figures again from results/*.json")
     parser.add_argument("--budgets", type=int, nargs="+", metavar="P", help="numbers of real trajectories (default: the preset's)")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", default=[0, 1, 2], help="seeds of everything (default: 0 1 2)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only these cells and those they need, by name as --plan ends with it; * for anything")
     parser.add_argument("--jobs", type=int, metavar="N", default=os.cpu_count() or 1, help="processes at a time (default: one per core)")
     parser.add_argument("--plan", action="store_true", help="list the cells and which are done, and stop")
     parser.add_argument("--weights", type=Path, metavar="DIR", default=SHIPPED, help="start from these weights instead of the shipped ones")
@@ -743,6 +756,7 @@ def main(argv=None):
         for page in write_pages(args.results): print(page)
         return
     jobs = plan(args.experiment, preset, args.budgets or [preset.collect.trajectories], args.seeds)
+    if args.only: jobs = only(jobs, args.only)
     if args.plan:
         for job in jobs: print("done  " if is_finished(args.output, job) else "to do ", job.name)
         return
