@@ -1,4 +1,4 @@
-# make demo    the whole method, small, on this machine; the report opens in a browser
+# make demo    the whole method, small, on this machine; its report: runs/demo/report.html
 # make test    everything CI runs
 # make setup   only the environment, in .venv (the commands are in .venv/bin)
 # make export  after editing a notebook: write the modules, clean the notebooks

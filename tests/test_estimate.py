@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -190,7 +191,8 @@ def test_rollout_buffers_hold_the_frames():
     fields = TrajectoryBatch.__dataclass_fields__
     assert "frames" in fields
     frames = torch.empty(8, TINY.task.horizon + 1, 64, 64, 3, dtype=torch.uint8)
-    assert rollout_buffers(TINY, 8) == 3 * frames.nbytes
+    decided_on = torch.empty(64, TINY.task.chunks + 1, 64, 64, 3, dtype=torch.uint8)
+    assert rollout_buffers(TINY, 8, 64) == 3 * frames.nbytes + decided_on.nbytes
 
 
 # ------------------------------------------------------------------------------- against arithmetic
@@ -235,6 +237,21 @@ def test_more_of_everything_needs_more():
     assert 1.8 < large.memory["activations"] / small.memory["activations"] < 2.2
     assert large.flops == pytest.approx(2 * small.flops, rel=0.01)
     assert large.hours(0.2) == pytest.approx(2 * large.hours(0.4))
+
+
+def test_passes_save_activations_and_cost_nothing_else():
+    whole, passes = (estimate(TINY, "alignment", replace(CPU, passes=n)) for n in (1, 4))
+    assert passes.memory["activations"] == pytest.approx(whole.memory["activations"] / 4, rel=0.1)
+    assert passes.flops == pytest.approx(whole.flops, rel=0.01) and passes.memory["weights"] == whole.memory["weights"]
+    quarter = override(TINY, "alignment.batch_size", str(TINY.alignment.batch_size // 4))
+    assert passes.memory["gradients"] > estimate(quarter, "alignment", CPU).memory["gradients"]      # those of the passes before
+
+
+def test_groups_act_in_blocks():
+    "Practice tries `rollout_groups` groups at once, however many an iteration has: more of them take longer and no more memory but for frames."
+    few, many = (estimate(override(TINY, "grpo.groups", n), "grpo", replace(CPU, device=DEVICES["h100"])) for n in ("8", "32"))
+    assert many.total == few.total and many.host > few.host
+    assert many.flops > 3 * few.flops
 
 
 def test_greedy_trials_between_iterations_are_counted():
@@ -296,6 +313,32 @@ def test_says_so_when_nothing_helps():
     assert remedy(override(TINY, "sft.batch_size", "2"), "sft", crumb) is None
 
 
+RECIPE = Path(__file__).parent.parent / "docs/recipes/checkpoints.md"
+STAGE_OF = {"wmpo-train-world-model": "alignment", "wmpo_nb.alignment": "alignment", "wmpo-train-reward": "reward_training",
+            "wmpo_nb.wmpo": "grpo"}
+
+
+def recipe_commands() -> list[list[str]]:
+    "The training commands of the recipe for the released checkpoints, as words."
+    blocks = re.findall(r"```\n(.*?)```", RECIPE.read_text(), re.S)
+    words = [shlex.split(line) for block in blocks for line in block.replace("\\\n", " ").splitlines() if "--preset" in line]
+    return [w for w in words if set(w) & set(STAGE_OF)]
+
+
+def test_the_recipe_for_the_checkpoints_fits_on_its_gpus():
+    "Each training command on GPUs of 80 GB, as many as its launch configuration says, or one."
+    found = []
+    for words in recipe_commands():
+        option = lambda name, default: words[words.index(name) + 1] if name in words else default
+        stage = next(STAGE_OF[w] for w in words if w in STAGE_OF)
+        setup, config = Setup(DEVICES["h100"]), option("--config_file", None)
+        if config: setup = configured_setup(RECIPE.parents[2] / config, DEVICES["h100"])
+        setup = replace(setup, passes=int(option("--accumulate", "1")), checkpointing=f"--{stage}.activation_checkpointing" in words)
+        found.append(stage)
+        assert estimate(load_preset(option("--preset", None)), stage, setup).fits, words
+    assert found == ["alignment", "alignment", "reward_training", "grpo"]
+
+
 # ------------------------------------------------------------------------------- the commands
 def test_dry_run_of_a_training_command(tmp_path):
     "Without the files the run itself would need, and without leaving a trace."
@@ -345,7 +388,7 @@ def test_setup_of_accelerate_s_configuration(tmp_path):
     with pytest.raises(UserError, match="cannot read"): configured_setup(tmp_path / "none.yaml", DEVICES["h100"])
 
 
-@pytest.mark.parametrize("argument, said", [("--processes=0", "--processes"), ("--utilisation=2", "--utilisation"), ("--sft.batchsize=3", "batch_size")])
+@pytest.mark.parametrize("argument, said", [("--processes=0", "--processes"), ("--accumulate=0", "--accumulate"), ("--utilisation=2", "--utilisation"), ("--sft.batchsize=3", "batch_size")])
 def test_wrong_arguments_are_one_line(capsys, argument, said):
     assert main([argument]) == 2
     error = capsys.readouterr().err

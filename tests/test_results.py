@@ -10,7 +10,7 @@ import torch
 from wmpo_nb.evaluation import (Evaluation, calibration, chunk_psnr, departures, spearman, ssim, ssim_by_frame, verdict_flips, wilson)
 from wmpo_nb.presets import UserError
 from wmpo_nb.results import (PAGES, PAPER_TABLE1, best_baseline, checkpoint_correlation, compare, holm, outcome, page_markdown, paper_table1,
-                             pooled_rate, read_result, recoveries_markdown, relative_steps, select, table1_comparisons, table1_rows, truth_row,
+                             pooled_rate, read_result, recoveries_markdown, relative_steps, seeds_lines, select, table1_comparisons, table1_rows, truth_row,
                              variants_text, verdicts, write_pages)
 from wmpo_nb.trajectory import TrajectoryBatch
 
@@ -123,6 +123,15 @@ def test_pages_are_made_again_to_the_byte(tmp_path):
     assert "`wmpo-experiment table1`" in text and "Seeds: 0, 1." in text and "Fewer than three seeds" in text
     assert "**Made with other weights.**" in text and "**Made with" not in (tmp_path / "recoveries.md").read_text()
     assert text.index("WMPO against base") < text.index("The paper's own Table 1")
+
+
+def test_a_part_with_fewer_seeds_says_so_and_is_compared_with_their_base():
+    many = CELLS + [cell("wmpo", "1111" * 16, 2)] + [cell("base", "0000" * 16, 2)] + [cell("wmpo", "1111" * 16, 1, P=512)]
+    line, warning = seeds_lines(many)
+    assert line == "Seeds: tiny_lift, P = 128: 0, 1, 2; tiny_lift, P = 512: 1."
+    assert "P = 512" in warning and "P = 128" not in warning
+    small = {row[0]: row for row in table1_rows(many, "tiny_lift", 512)}
+    assert "(32/64" in small["base policy"][1] and small["base policy"][2] == "50.0"
 
 
 def test_a_damaged_result_is_named(tmp_path):

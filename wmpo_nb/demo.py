@@ -37,8 +37,8 @@ class Parts:
     def __init__(self, folder: Path, preset: Preset):
         self.folder, self.preset = Path(folder), preset
         if self.folder == SHIPPED and not (SHIPPED / f"policy_{preset.task.name}").exists():
-            raise UserError(f"no weights for {preset.name} are shipped: wmpo-demo --preset {preset.name} --from-scratch makes them (hours); "
-                            "give their folder with --weights")
+            raise UserError(f"no weights for {preset.name} are shipped: wmpo-demo --preset {preset.name} --from-scratch makes them (hours), "
+                            f"--output runs/{preset.name}_scratch say; --weights takes their folder")
         self.base = self.policy()
         self.vae, self.stats = load_vae(self.folder / "vae.safetensors"), self.base.stats
         self.world_model(), self.classifier()      # fail now rather than after minutes of work

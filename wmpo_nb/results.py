@@ -3,12 +3,12 @@
 # %% auto #0
 __all__ = ['METHODS', 'TABLE1_HEAD', 'PAPER_TASK_NAMES', 'PAPER_TABLE1', 'PAPER_TABLE2', 'TRUTH_HEAD', 'DISRUPTIONS', 'PAGES',
            'BOUNDS', 'outcome', 'successes', 'rate_text', 'markdown_table', 'select', 'compare', 'pooled_rate',
-           'relative_steps', 'best_baseline', 'difference_text', 'table1_rows', 'holm', 'verdicts',
+           'relative_steps', 'base_of', 'best_baseline', 'difference_text', 'table1_rows', 'holm', 'verdicts',
            'table1_comparisons', 'paper_table1', 'noise_markdown', 'truth_row', 'truth_markdown', 'gained_comparisons',
            'gained_markdown', 'disruptions_markdown', 'recoveries_markdown', 'lifelong_markdown',
            'checkpoint_correlation', 'agreement_markdown', 'table1_figure', 'noise_figure', 'gained_figure',
            'truth_figure', 'agreement_figure', 'disruptions_figure', 'lifelong_figure', 'variants_text',
-           'table1_markdown', 'dreams_and_gains', 'page_markdown', 'read_result', 'write_pages']
+           'table1_markdown', 'dreams_and_gains', 'seeds_lines', 'page_markdown', 'read_result', 'write_pages']
 
 # %% ../nbs/26_results.ipynb #59b6b44a
 import base64, json, math
@@ -82,6 +82,12 @@ def relative_steps(base: dict[int, dict], other: dict[int, dict]) -> float | Non
               if other[s]["outcome"]["mean_steps"] and base[s]["outcome"]["mean_steps"]]
     return sum(ratios) / len(ratios) if ratios else None
 
+# %% ../nbs/26_results.ipynb #f1922a73
+def base_of(cells: list[dict], preset: str, budget: int) -> dict[int, dict]:
+    "The base policy's cells of the seeds that any method was run with at this budget: what the budget's numbers are to be seen against."
+    seeds = {c["seed"] for c in cells if c["preset"] == preset and c.get("P") == budget and c.get("method") != "base"}
+    return {seed: cell for seed, cell in select(cells, preset=preset, method="base").items() if seed in seeds}
+
 # %% ../nbs/26_results.ipynb #1595b379
 def best_baseline(cells: list[dict], preset: str, budget: int) -> str | None:
     "GRPO or DPO, whichever has the higher pooled rate at this budget; None if neither was run."
@@ -102,7 +108,7 @@ def _ledger_text(by_seed: dict[int, dict]) -> list[str]:
 # %% ../nbs/26_results.ipynb #b900d150
 def table1_rows(cells: list[dict], preset: str, budget: int) -> list[list]:
     "One row a method: success, its seeds one by one, paired comparison with base and with the best baseline, length, cost."
-    base, best, rows = select(cells, preset=preset, method="base"), best_baseline(cells, preset, budget), []
+    base, best, rows = base_of(cells, preset, budget), best_baseline(cells, preset, budget), []
     for method, name in METHODS.items():
         by_seed = base if method == "base" else select(cells, preset=preset, P=budget, method=method)
         if not by_seed: continue
@@ -375,10 +381,10 @@ def table1_figure(cells: list[dict]):
     for ax, preset in zip(axes, presets):
         budgets = _budgets(cells, preset)
         for i, (method, name) in enumerate(METHODS.items()):
-            groups = [select(cells, preset=preset, method="base") if method == "base" else select(cells, preset=preset, P=P, method=method) for P in budgets]
+            groups = [base_of(cells, preset, P) if method == "base" else select(cells, preset=preset, P=P, method=method) for P in budgets]
             _points(ax, [j + 0.12 * (i - 1.5) for j in range(len(budgets))], groups, name)
-        ax.set(xticks=range(len(budgets)), xticklabels=[f"P = {P}" for P in budgets], ylabel="success, % (95 %)", title=preset)
-        ax.legend(fontsize=7)
+        ax.set(xticks=range(len(budgets)), xticklabels=[f"P = {P}" for P in budgets], ylabel="success, % (95 %)", title=preset, xlim=(-0.5, len(budgets) - 0.5))
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS), fontsize=7)
     return figure
 
 # %% ../nbs/26_results.ipynb #adae2375
@@ -501,13 +507,24 @@ BOUNDS = ("In brackets: counts and 95 % intervals (Wilson; paired differences Ne
           "\"significant\" after Holm's correction over this page. Intervals of pooled seeds cover the luck of the initial states; "
           "that of training is seen in how far the seeds lie apart.")
 
+# %% ../nbs/26_results.ipynb #3a790293
+def seeds_lines(cells: list[dict]) -> list[str]:
+    "Which seeds the cells have, preset by preset and budget by budget where these differ, and a warning where they are few."
+    seeds = {}
+    for c in cells:
+        if c.get("method") != "base": seeds.setdefault(f"{c['preset']}, P = {c['P']}", set()).add(c["seed"])
+    names, few = {part: ", ".join(map(str, sorted(found))) for part, found in seeds.items()}, [part for part, found in seeds.items() if len(found) < 3]
+    alike = len(set(names.values())) == 1
+    lines = [f"Seeds: {next(iter(names.values())) if alike else '; '.join(f'{part}: {text}' for part, text in sorted(names.items()))}."]
+    where = "here" if alike else f"in the parts for {' and '.join(sorted(few))}"
+    if few: lines.append(f"**Fewer than three seeds: nothing {where} says how much training itself varies.**")
+    return lines
+
 # %% ../nbs/26_results.ipynb #43f2328a
 def page_markdown(record: dict) -> str:
     "The page of one result file. Its `remark`, where it has one, says what a reader must know about its cells."
     title, body, figure = PAGES[record["experiment"]]
-    seeds = sorted({c["seed"] for c in record["cells"]})
-    made = ["Made by", "", *(f"- `{command}`" for command in record["commands"]), "", f"Seeds: {', '.join(map(str, seeds))}."]
-    if len(seeds) < 3: made.append("**Fewer than three seeds: nothing here says how much training itself varies.**")
+    made = ["Made by", "", *(f"- `{command}`" for command in record["commands"]), "", *seeds_lines(record["cells"])]
     if record.get("remark"): made += ["", f"**{record['remark']}**"]
     picture = [f"![{title}](figures/{record['experiment']}.png)", ""] if figure else []
     return "\n".join([f"# {title}", "", *made, "", *picture, body(record["cells"]), BOUNDS, ""])

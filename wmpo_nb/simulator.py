@@ -144,8 +144,8 @@ def explain_unknown_task(name: str) -> str:
     folder = Path(found.origin).parent if found and found.origin else None
     if folder and not (folder / "envs").is_dir():
         return (f"task '{name}' needs NVlabs' MimicGen, but the installed package 'mimicgen' is an unrelated placeholder: "
-                f"pip uninstall mimicgen, then pip install {MIMICGEN} (non-commercial licence)")
-    if not found: return f"task '{name}' needs NVlabs' MimicGen: pip install {MIMICGEN} (non-commercial licence)"
+                f"pip uninstall mimicgen, then pip install --no-deps {MIMICGEN} (non-commercial licence)")
+    if not found: return f"task '{name}' needs NVlabs' MimicGen: pip install --no-deps {MIMICGEN} (non-commercial licence)"
     return f"task '{name}' is MimicGen's: `Simulator` and `make_environment` run it, `Environment` only {', '.join(TASKS)}"
 
 # %% ../nbs/03_simulator.ipynb #191c5036
