@@ -100,7 +100,7 @@ def test_checkpoints_are_ranked_within_and_across_runs():
         policies = [{"name": str(i), "dreamt": [d, 10], "real": [r, 10]} for i, (d, r) in enumerate(zip(dreamt, real))]
         return {"preset": "tiny_lift", "P": 128, "seed": seed, "policies": policies}
     found = checkpoint_correlation([run(0, [1, 2, 3, 4, 5], [2, 3, 4, 5, 6]), run(1, [5, 6, 7, 8, 9], [5, 4, 3, 2, 1])])
-    assert [v[1] for v in found.values()] == [pytest.approx(1.0), pytest.approx(-1.0), pytest.approx(found["all, P = all, seed all"][1])]
+    assert [v[1] for v in found.values()] == [pytest.approx(1.0), pytest.approx(-1.0), pytest.approx(found["all together"][1])]
     n, rho, low, high = found["tiny_lift, P = 128, seed 0"]
     assert n == 5 and low < 0.5 and high < 1          # five points in perfect order are not certainty
 

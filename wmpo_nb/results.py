@@ -206,15 +206,20 @@ def noise_markdown(cells: list[dict]) -> str:
         lines += [f"### {preset}, P = {P}: {steps} steps of training at each noise", "", markdown_table(["context noise", *head, "seeds"], rows), ""]
     return "\n".join(lines)
 
+# %% ../nbs/26_results.ipynb #b31ae15a
+def _balanced(confusion) -> str:
+    "Mean hit rate of both kinds of real outcome, in percent; of one if the other did not happen. Rows of `confusion` [2][2]: real."
+    hits = [int(row[i]) / int(sum(row)) for i, row in enumerate(confusion) if sum(row)]
+    return f"{100 * sum(hits) / len(hits):.1f} %"
+
 # %% ../nbs/26_results.ipynb #5e7bdd8f
 def truth_row(by_seed: dict[int, dict]) -> list[str]:
     "Balanced accuracy, false successes, closed-loop success in the dream and in reality, and verdict flips, pooled over seeds."
     confusion = torch.tensor([c["confusion"] for c in by_seed.values()]).sum(0)
     (tn, fp), (fn, tp) = confusion.tolist()
-    balanced = [x / n for x, n in ((tn, tn + fp), (tp, fn + tp)) if n]
     total = lambda name: [sum(c[name][i] for c in by_seed.values()) for i in (0, 1)]
     differ, n = (sum(c["flips"][key] for c in by_seed.values()) for key in ("differ", "n"))
-    return [f"{100 * sum(balanced) / len(balanced):.1f} %", rate_text(fp, tn + fp), rate_text(fn, fn + tp), rate_text(*total("dreamt")),
+    return [_balanced(confusion), rate_text(fp, tn + fp), rate_text(fn, fn + tp), rate_text(*total("dreamt")),
             rate_text(*total("real")), rate_text(differ, n)]
 
 # %% ../nbs/26_results.ipynb #15652206
@@ -316,9 +321,10 @@ def lifelong_markdown(cells: list[dict]) -> str:
 def checkpoint_correlation(cells: list[dict]) -> dict:
     "Spearman's correlation of dreamt and real success over the policies of each cell, and of all cells together."
     found = {}
-    for cell in [*cells, {"preset": "all", "seed": "all", "P": "all", "policies": [p for c in cells for p in c["policies"]]}]:
-        dreamt, real = ([p[side][0] / p[side][1] for p in cell["policies"]] for side in ("dreamt", "real"))
-        found[f"{cell['preset']}, P = {cell['P']}, seed {cell['seed']}"] = (len(real), *spearman(dreamt, real))
+    runs = {f"{c['preset']}, P = {c['P']}, seed {c['seed']}": c["policies"] for c in cells}
+    for name, policies in (runs | {"all together": [p for policies in runs.values() for p in policies]}).items():
+        dreamt, real = ([p[side][0] / p[side][1] for p in policies] for side in ("dreamt", "real"))
+        found[name] = (len(real), *spearman(dreamt, real))
     return found
 
 # %% ../nbs/26_results.ipynb #cb69c189
@@ -345,7 +351,8 @@ def _departure_rows(cells: list[dict]) -> list[list]:
 def agreement_markdown(cells: list[dict]) -> str:
     "The same policy, states and actions in both worlds."
     correlations = [[name, n, f"{_number(rho, 2)} ({low:.2f} to {high:.2f})"] for name, (n, rho, low, high) in checkpoint_correlation(cells).items()]
-    confusions = [[f"{c['preset']}, P = {c['P']}, seed {c['seed']}", p["name"], *(x for row in p["confusion"] for x in row), _number(p["dream_ece"], 3)]
+    confusions = [[f"{c['preset']}, P = {c['P']}, seed {c['seed']}", p["name"], *(x for row in p["confusion"] for x in row),
+                   _balanced(p["confusion"]), _number(p["dream_ece"], 3)]
                   for c in cells for p in c["policies"]]
     return "\n".join([
         "### Can the dream pick the checkpoint?", "", markdown_table(["run", "policies", "Spearman's rho (95 %)"], correlations), "",
@@ -353,7 +360,7 @@ def agreement_markdown(cells: list[dict]) -> str:
                         "verdicts that another noise changes"], _policy_rows(cells)), "",
         "### Verdicts on the same actions", "",
         markdown_table(["run", "policy", "real failure, dreamt failure", "real failure, dreamt success", "real success, dreamt failure",
-                        "real success, dreamt success", "ECE of the dream"], confusions), "",
+                        "real success, dreamt success", "balanced accuracy", "ECE of the dream"], confusions), "",
         "### When the dream departs", "", "Median PSNR by chunk, in dB, and in brackets that of a stranger (another real trial); then how many "
         "trajectories are first no closer than the stranger in each chunk.", "",
         markdown_table(["run", "policy", "PSNR by chunk", "departed, by chunk"], _departure_rows(cells)), ""])
