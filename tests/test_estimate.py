@@ -343,9 +343,11 @@ def test_the_recipe_for_the_checkpoints_fits_on_its_gpus():
 def test_dry_run_of_a_training_command(tmp_path):
     "Without the files the run itself would need, and without leaving a trace."
     code = "from wmpo_nb.sft import main; raise SystemExit(main())"
-    done = subprocess.run([sys.executable, "-c", code, "--dry-run", "--sft.batch_size", "4"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, "--dry-run", "--sft.batch_size", "4", "--accumulate", "2"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "sft" in done.stdout and "hours" in done.stdout and not list(tmp_path.iterdir())
+    assert "sft" in done.stdout and "hours" in done.stdout and "in 2 passes" in done.stdout and not list(tmp_path.iterdir())
+    wrong = subprocess.run([sys.executable, "-c", code, "--dry-run", "--accumulate", "0"], cwd=tmp_path, capture_output=True, text=True)
+    assert wrong.returncode == 2 and "--accumulate must be at least 1" in wrong.stderr
 
 
 def test_dry_run_of_what_trains_nothing(capsys):

@@ -910,6 +910,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'wmpo_nb.run._apply_gradients': ('run.html#_apply_gradients', 'wmpo_nb/run.py'),
                              'wmpo_nb.run._bars': ('run.html#_bars', 'wmpo_nb/run.py'),
                              'wmpo_nb.run._buckets': ('run.html#_buckets', 'wmpo_nb/run.py'),
+                             'wmpo_nb.run._check_counts': ('run.html#_check_counts', 'wmpo_nb/run.py'),
                              'wmpo_nb.run._completed': ('run.html#_completed', 'wmpo_nb/run.py'),
                              'wmpo_nb.run._first_difference': ('run.html#_first_difference', 'wmpo_nb/run.py'),
                              'wmpo_nb.run._first_mismatch': ('run.html#_first_mismatch', 'wmpo_nb/run.py'),

@@ -543,7 +543,7 @@ def _sharding(used: bool, reshard) -> str: return "none" if not used else "zero2
 def launched_setup(environment) -> Setup:
     "The setup that the launcher's variables in `environment` (such as `os.environ`) describe, on this device."
     sharding, device = _sharding(environment.get("ACCELERATE_USE_FSDP") == "true", environment.get("FSDP_RESHARD_AFTER_FORWARD")), this_device()
-    passes = int(environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"))         # --accumulate is handed on like this
+    passes = int(environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"))
     return Setup(device, int(environment.get("WORLD_SIZE", "1")), sharding, bf16=_bf16(device), passes=passes)
 
 # %% ../nbs/22_estimate.ipynb #c28eddcf
@@ -571,7 +571,9 @@ def dry_run(command: str, args, preset: Preset):
     if command == "wmpo-train-world-model": stages = ("alignment",) if args.align else ("pretraining",)
     if getattr(args, "world", "dream") == "simulator": raise UserError("the estimate knows GRPO in the dream: leave out --world simulator")
     if not stages: raise UserError(f"{command} trains nothing: there is nothing to estimate")
-    if os.environ.get("RANK", "0") == "0": report(preset, stages, launched_setup(os.environ), 0.35)      # one answer is enough
+    setup = launched_setup(os.environ)
+    setup = replace(setup, passes=getattr(args, "accumulate", None) or setup.passes)
+    if os.environ.get("RANK", "0") == "0": report(preset, stages, setup, 0.35)      # one answer is enough
 
 # %% ../nbs/22_estimate.ipynb #e4d9ae31
 def _parser() -> argparse.ArgumentParser:

@@ -994,11 +994,15 @@ def _add_cluster_options(parser):
                        help="also log to wandb or trackio, which must be installed")
 
 # %% ../nbs/01_run.ipynb #dc8c348c
-def _set_environment(args):
-    "Hand --accumulate and --precision on. Raises `UserError` on a number below 1."
+def _check_counts(args):
+    "Raise `UserError` on a number below 1."
     for name in ("keep", "accumulate"):
         value = getattr(args, name, None)
         if value is not None and value < 1: raise UserError(f"--{name} must be at least 1, not {value}")
+
+
+def _set_environment(args):
+    "Hand --accumulate and --precision on."
     if getattr(args, "accumulate", None): os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(args.accumulate)
     if getattr(args, "precision", None): os.environ["WMPO_PRECISION"] = args.precision
 
@@ -1047,6 +1051,7 @@ def parse_preset(parser: argparse.ArgumentParser, argv: list[str] | None = None,
     args, rest = parser.parse_known_args(words)
     options = [option for action in parser._actions for option in action.option_strings]
     preset = load_preset(args.preset, _overrides(rest, options))
+    _check_counts(args)
     # loaded by name and only when asked: the estimate knows every network, and this room knows none
     if getattr(args, "dry_run", False): sys.exit(import_module("wmpo_nb.estimate").dry_run(parser.prog, args, preset))
     if shards() and not can_shard:
