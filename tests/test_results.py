@@ -130,6 +130,7 @@ def test_a_part_with_fewer_seeds_says_so_and_is_compared_with_their_base():
     line, warning = seeds_lines(many)
     assert line == "Seeds: tiny_lift, P = 128: 0, 1, 2; tiny_lift, P = 512: 1."
     assert "P = 512" in warning and "P = 128" not in warning
+    assert seeds_lines(CELLS[:1])[0].startswith("Seeds: 0.")                # only the base policy yet
     small = {row[0]: row for row in table1_rows(many, "tiny_lift", 512)}
     assert "(32/64" in small["base policy"][1] and small["base policy"][2] == "50.0"
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/26_results.ipynb #3043d500
-from .evaluation import Evaluation, mcnemar, paired_difference, spearman, wilson
+from .evaluation import Agreement, Evaluation, mcnemar, paired_difference, spearman, wilson
 from .presets import UserError
 from .run import atomic_write
 
@@ -207,16 +207,14 @@ def noise_markdown(cells: list[dict]) -> str:
     return "\n".join(lines)
 
 # %% ../nbs/26_results.ipynb #b31ae15a
-def _balanced(confusion) -> str:
-    "Mean hit rate of both kinds of real outcome, in percent; of one if the other did not happen. Rows of `confusion` [2][2]: real."
-    hits = [int(row[i]) / int(sum(row)) for i, row in enumerate(confusion) if sum(row)]
-    return f"{100 * sum(hits) / len(hits):.1f} %"
+def _balanced(confusion: list) -> str:
+    return f"{100 * Agreement(confusion, []).balanced_accuracy:.1f} %"
 
 # %% ../nbs/26_results.ipynb #5e7bdd8f
 def truth_row(by_seed: dict[int, dict]) -> list[str]:
     "Balanced accuracy, false successes, closed-loop success in the dream and in reality, and verdict flips, pooled over seeds."
-    confusion = torch.tensor([c["confusion"] for c in by_seed.values()]).sum(0)
-    (tn, fp), (fn, tp) = confusion.tolist()
+    confusion = torch.tensor([c["confusion"] for c in by_seed.values()]).sum(0).tolist()
+    (tn, fp), (fn, tp) = confusion
     total = lambda name: [sum(c[name][i] for c in by_seed.values()) for i in (0, 1)]
     differ, n = (sum(c["flips"][key] for c in by_seed.values()) for key in ("differ", "n"))
     return [_balanced(confusion), rate_text(fp, tn + fp), rate_text(fn, fn + tp), rate_text(*total("dreamt")),
@@ -518,8 +516,8 @@ BOUNDS = ("In brackets: counts and 95 % intervals (Wilson; paired differences Ne
 def seeds_lines(cells: list[dict]) -> list[str]:
     "Which seeds the cells have, preset by preset and budget by budget where these differ, and a warning where they are few."
     seeds = {}
-    for c in cells:
-        if c.get("method") != "base": seeds.setdefault(f"{c['preset']}, P = {c['P']}", set()).add(c["seed"])
+    # a base policy has no budget: it counts only where there is nothing else
+    for c in [c for c in cells if c.get("method") != "base"] or cells: seeds.setdefault(f"{c['preset']}, P = {c['P']}", set()).add(c["seed"])
     names, few = {part: ", ".join(map(str, sorted(found))) for part, found in seeds.items()}, [part for part, found in seeds.items() if len(found) < 3]
     alike = len(set(names.values())) == 1
     lines = [f"Seeds: {next(iter(names.values())) if alike else '; '.join(f'{part}: {text}' for part, text in sorted(names.items()))}."]
