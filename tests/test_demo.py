@@ -10,7 +10,8 @@ import time
 import pytest
 
 from helpers import refusal
-from wmpo_nb.demo import SHIPPED, TRAINED, main, practice_log, share
+from wmpo_nb.demo import SHIPPED, TRAINED, Parts, main, practice_log, share
+from wmpo_nb.presets import load_preset
 
 TINY = ["--fast", "--workers", "2", "--collect.trajectories", "24", "--collect.rounds", "2", "--alignment.steps", "3", "--reward_training.steps", "3",
         "--grpo.iterations", "2", "--grpo.groups", "2", "--grpo.group_size", "4", "--grpo.max_draws", "2", "--evaluation.states", "4",
@@ -81,6 +82,14 @@ def test_record_and_report(runs):
     page = (folder / "whole/report.html").read_text()
     assert "95 % interval" in page and "<script" not in page and "after alignment" in page
     assert "after WMPO" in printed and "report.html" in printed
+    assert json.loads((folder / "broken/weights.json").read_text()) == Parts(SHIPPED, load_preset("tiny_lift")).digests()
+
+
+def test_a_run_does_not_go_on_with_other_weights(runs, capsys):
+    shutil.copytree(SHIPPED, runs[0] / "weights")
+    shutil.copy(runs[0] / "whole/world_model.safetensors", runs[0] / "weights")
+    arguments = (*TINY, "--weights", str(runs[0] / "weights"), "--output", str(runs[0] / "whole"), "--resume")
+    assert "other weights (world_model.safetensors)" in message(capsys, *arguments)
 
 
 def test_test_states_are_new(runs):

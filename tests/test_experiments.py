@@ -13,9 +13,10 @@ import torch
 
 from helpers import refusal
 from wmpo_nb import simulator as simulator_room
-from wmpo_nb.experiments import (ABLATIONS, EXPERIMENTS, KINDS, BranchedDream, Job, artefact, branch_points, cells_of, changed_fields, disturb,
-                                 displaced, failed_grasps, is_finished, job_name, main, only, plan, read_json, result_of, run_jobs, same_preset, vary,
-                                 watch_trial, write_json)
+from wmpo_nb.evaluation import evaluate
+from wmpo_nb.experiments import (ABLATIONS, EXPERIMENTS, KINDS, BranchedDream, Cell, Job, artefact, branch_points, cells_of, changed_fields, disturb,
+                                 displaced, failed_grasps, is_finished, job_name, main, matching_demo, only, plan, read_json, result_of, run_jobs,
+                                 same_preset, vary, watch_trial, write_json)
 from wmpo_nb.presets import PRESETS, UserError, load_preset, override, seeds_for
 from wmpo_nb.results import PAGES
 from wmpo_nb.simulator import Simulator
@@ -119,6 +120,24 @@ def test_presets_are_recognised_though_fields_are_added():
     del recorded["grpo"]["clip_low"]                                  # as if an older version had not known it
     assert same_preset(recorded, PRESET) and not same_preset(recorded, override(PRESET, "grpo.clip_low", "0.1"))
     assert same_preset(recorded, override(PRESET, "grpo.iterations", "1"), ("task", "evaluation"))
+    longer = override(PRESET, "pretraining.steps", "7")               # made the weights that a cell is given, and is nothing to the cell
+    assert same_preset(recorded, longer) and not same_preset(recorded, longer, ("pretraining",))
+
+
+def test_a_demo_in_another_world_model_is_not_taken_for_this_one(tmp_path):
+    from wmpo_nb.demo import SHIPPED, Parts
+    parts = Parts(SHIPPED, PRESET)
+    began, states = parts.digests(), [InitialState(seed, None) for seed in seeds_for("selection", 2)]
+    found = evaluate(parts.base, Simulator(PRESET.task, 0, every_frame=False), states, chunks=PRESET.task.chunks)
+    assert set(began) == {"vae.safetensors", "world_model.safetensors", "reward.safetensors", "policy_lift/model.safetensors"}
+    for name, weights in (("same", began), ("other", began | {"world_model.safetensors": "0" * 16}), ("unknown", None)):
+        write_json(tmp_path / name / "config.json", {"seed": 0, "preset": PRESET.to_dict()})
+        write_json(tmp_path / name / "evaluations.json", {"base policy": found.to_dict()})
+        write_json(tmp_path / name / "record.json", {})
+        if weights: write_json(tmp_path / name / "weights.json", weights)
+    found = {name: matching_demo(Cell(Job(name, "wmpo", PRESET, 0), tmp_path / "cells", SHIPPED, tmp_path / "cache", (tmp_path / name,)))
+             for name in ("same", "other", "unknown")}
+    assert found == {"same": tmp_path / "same", "other": None, "unknown": None}
 
 
 def test_adopted_cells_point_elsewhere_and_results_do_not_say_where(tmp_path):

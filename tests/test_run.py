@@ -232,6 +232,15 @@ def test_run_folder_defends_itself(tmp_path):
     with pytest.raises(UserError, match="cannot write"): Run(tmp_path / "file/run", preset, "wmpo-sft")
 
 
+def test_a_run_goes_on_with_the_weights_it_began_with(tmp_path):
+    run, began = Run(tmp_path / "run", load_preset("tiny_lift"), "wmpo-demo"), {"vae": "5e1f", "world_model": "00aa"}
+    run.start_from(began)
+    run.start_from(began)
+    with pytest.raises(UserError, match=r"other weights \(world_model\)"): run.start_from(began | {"world_model": "00ab"})
+    with pytest.raises(UserError, match=r"other weights \(reward\)"): run.start_from(began | {"reward": "77"})
+    assert json.loads((tmp_path / "run/weights.json").read_text()) == began
+
+
 def test_an_interrupted_stage_is_not_booked(tmp_path):
     run = Run(tmp_path, load_preset("tiny_lift"), "wmpo-collect")
     with pytest.raises(KeyboardInterrupt), run.stage("collect"):

@@ -6,7 +6,7 @@ __all__ = ['TRAINED', 'FAST', 'Parts', 'gather_trajectories', 'align_world_model
            'films', 'make_record', 'run_demo', 'main']
 
 # %% ../nbs/19_demo.ipynb #c23252c2
-import json, platform, sys
+import hashlib, json, platform, sys
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -46,6 +46,11 @@ class Parts:
     def policy(self): return OpenVLAOFT.from_pretrained(self.folder / f"policy_{self.preset.task.name}")
     def world_model(self): return load_world_model(self.folder / "world_model.safetensors", self.preset.world_model)
     def classifier(self): return load_reward(self.folder / "reward.safetensors")
+
+    def digests(self) -> dict[str, str]:
+        "The first digits of the SHA-256 of each file of weights, by its name."
+        files = [*self.folder.glob("*.safetensors"), *self.folder.glob(f"policy_{self.preset.task.name}/*.safetensors")]
+        return {path.relative_to(self.folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in sorted(files)}
 
 # %% ../nbs/19_demo.ipynb #f30dd70a
 def gather_trajectories(run: Run, policy, cache: Path, workers: int | None, first: int = 0, count: int | None = None) -> TrajectoryBatch:
@@ -261,6 +266,7 @@ def main(argv=None):
     if not args.from_scratch: parts = Parts(args.weights or SHIPPED, preset)
     run = open_run(args, preset, "wmpo-demo")
     if args.from_scratch: parts = Parts(make_weights(run, preset, args.workers), preset)
+    run.start_from(parts.digests())
     results = run_demo(run, parts, args.cache, args.workers)
     record = make_record(run, "wmpo-demo " + " ".join(given), args.fast, *results)
     save_record(run.folder, record)

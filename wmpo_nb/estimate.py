@@ -405,7 +405,8 @@ def _estimate_grpo(preset: Preset, setup: Setup, how: dict, step: Step) -> Estim
     # (weights, extra, FLOPs) by network; they do not depend on how the policy learns
     calls = rollout_calls(replace(preset, grpo=GRPOConfig()), at_once, **how)
     frozen = sum(weights for name, (weights, _, _) in calls.items() if name != "policy")
-    learning, acting = training_memory(step, setup), _parts(step, setup)
+    several = replace(setup, passes=math.ceil(grpo.mini_batch / (grpo.micro_batch * setup.processes)))
+    learning, acting = training_memory(step, several), _parts(step, setup)
     # the gradients of the last step live on while the next rollout is made
     cast = calls["policy"][0] / 2 if setup.parts > 1 and setup.bf16 else 0       # sharded, a block at a time
     sizes = [size - cast * (name == "policy") for name, (_, size, _) in calls.items()]
@@ -460,7 +461,7 @@ def less_at_a_time(preset: Preset, found: Estimate) -> tuple[dict, Setup] | None
 # %% ../nbs/22_estimate.ipynb #3768b606
 def _setups(setup: Setup, stage: str, larger: tuple = ()):
     "`setup`, variations of it that `stage` can do, the mildest first, and the strongest one with `larger` numbers of processes."
-    able = stage in (*SHARDING_STAGES, "pretraining", "alignment")           # to recompute
+    able = stage in SHARDING_STAGES                                          # to recompute, too
     sharding = "fsdp" if stage in SHARDING_STAGES else setup.sharding
     near = [replace(setup, sharding=s) for s in dict.fromkeys((setup.sharding, sharding if setup.processes > 1 else setup.sharding))]
     far = [replace(setup, processes=n, sharding=sharding, checkpointing=setup.checkpointing or able) for n in larger]

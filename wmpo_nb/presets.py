@@ -181,14 +181,14 @@ class VAETrainConfig:
 @dataclass(frozen=True)
 class WorldModelTrainConfig:
     "World-model optimisation; used for pre-training and, with fewer steps, for alignment."
-    steps: int = 9800
+    steps: int = 20_000
     batch_size: int = 32                               # windows of context + chunk frames
     optimizer: str = "muon"                            # "muon" (block matrices; AdamW on the rest) or "adamw" (the paper)
     learning_rate: float = 4e-3                        # of AdamW's share
     muon_learning_rate: float = 0.05
     weight_decay: float = 0.0
     warmup_steps: int = 100
-    decay_steps: int = 2200                            # linear cool-down to zero over the last steps
+    decay_steps: int = 4000                            # linear cool-down to zero over the last steps
     ema: float = 0.999
     grad_clip: float = 1.0
     chunk_starts: float = 0.5                          # share of windows that begin where a dream's chunks do (0: all begin anywhere, as upstream)
@@ -261,7 +261,7 @@ class PretrainDataConfig:
     "The miniature of OXE: scripted data of several tasks and qualities, never the P trajectories."
     tasks: tuple = ("lift",)
     demonstrations: int = 200                          # trials of the first task: expert with noisy execution
-    near_misses: int = 3200                            # ... jittery expert with a displaced grasp and slips of the gripper, retried
+    near_misses: int = 7200                            # ... jittery expert with a displaced grasp and slips of the gripper, retried
     play: int = 100                                    # ... random targets around the objects
     other_tasks_share: float = 0.25                    # of these counts, for each further task
     warm_start: bool = False                           # VAE and world model go on from the shipped ones instead of random weights

@@ -854,7 +854,7 @@ def make_trackers(names, project: str) -> list:
 
 # %% ../nbs/01_run.ipynb #a052bdee
 class Run:
-    """The folder of one run: config.json, metrics.jsonl, tensorboard/, ledger.json, done.json.
+    """The folder of one run: config.json, metrics.jsonl, tensorboard/, ledger.json, done.json, weights.json.
 
     `keep`: how many checkpoints of a stage are kept. `log_with`: names for `make_trackers`. Raises `UserError` if the folder
     cannot be written, if it holds a run and `resume` is False, or if `resume` finds another command, seed or preset there."""
@@ -981,6 +981,16 @@ def close(self: Run):
     "Flush TensorBoard and close the trackers."
     for writer in self._writers.values(): writer.close()
     for tracker in self._trackers: tracker.finish()
+
+# %% ../nbs/01_run.ipynb #be36bf84
+@patch
+def start_from(self: Run, weights: dict[str, str]):
+    "Note the digests of the weights that the run starts from, by name. Raises `UserError` if it is resumed with others."
+    path = self.folder/"weights.json"
+    noted = json.loads(path.read_text()) if path.exists() else weights
+    changed = [name for name in sorted(noted.keys() | weights.keys()) if noted.get(name) != weights.get(name)]
+    if changed: raise UserError(f"cannot resume {self.folder}: it started from other weights ({', '.join(changed)}). Choose another --output")
+    self._write("weights.json", weights)
 
 # %% ../nbs/01_run.ipynb #4e4760b2
 def _add_cluster_options(parser):
