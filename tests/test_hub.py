@@ -34,7 +34,7 @@ from wmpo_nb.presets import PolicyConfig, RewardConfig, STDiTConfig, UserError, 
 from wmpo_nb.reward import SuccessClassifier, load_pth, load_reward, save_pth
 from wmpo_nb.run import load_tensors, save_tensors
 from wmpo_nb.stdit import STDiT
-from wmpo_nb.trajectory import ActionStats, Streams
+from wmpo_nb.trajectory import ActionStats, Streams, load_stats, save_stats
 from wmpo_nb.vae import VAE, load_diffusers, load_vae, save_diffusers
 
 PRESET = replace(
@@ -592,10 +592,11 @@ def rename_keys(folder):
     (rename_keys, "other key names"),
     (lambda f: change_config(f, model_type="llava"), "'llava' policy"),
     (lambda f: write_statistics(f / "dataset_statistics.json", "square", "stack_three"), "coffee_d0_300_demos.*square_d0_300_demos"),
+    (lambda f: save_stats(f / "dataset_statistics.json", load_stats(f / "dataset_statistics.json"), "bridge_orig"), "coffee_d0_300_demos.*bridge_orig"),
     (lambda f: (f / "dataset_statistics.json").unlink(), "no dataset_statistics.json.*started from"),
     (lambda f: next(f.glob("model-00002*")).unlink(), "model-00002.*is missing"),
     (lambda f: (f / "model.safetensors.index.json").unlink(), "no index"),
-], ids=["l1", "diffusion", "proprio", "l1-keys", "transformers", "4.4", "keys", "llava", "unnorm-key", "no-stats", "shard", "index"])
+], ids=["l1", "diffusion", "proprio", "l1-keys", "transformers", "4.4", "keys", "llava", "unnorm-key", "other-robot", "no-stats", "shard", "index"])
 def test_policies_that_are_refused(released, tmp_path, change, complaint):
     folder = shutil.copytree(released.sft, tmp_path / "policy")
     change(folder)

@@ -561,6 +561,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'wmpo_nb.play.Widget': ('play.html#widget', 'wmpo_nb/play.py'),
                               'wmpo_nb.play.Widget._repr_html_': ('play.html#widget._repr_html_', 'wmpo_nb/play.py'),
                               'wmpo_nb.play._beside': ('play.html#_beside', 'wmpo_nb/play.py'),
+                              'wmpo_nb.play._check_run': ('play.html#_check_run', 'wmpo_nb/play.py'),
                               'wmpo_nb.play._pack': ('play.html#_pack', 'wmpo_nb/play.py'),
                               'wmpo_nb.play.directions': ('play.html#directions', 'wmpo_nb/play.py'),
                               'wmpo_nb.play.export_page': ('play.html#export_page', 'wmpo_nb/play.py'),

@@ -20,8 +20,7 @@ from .presets import Preset, STDiTConfig, UserError, WorldModelConfig, WorldMode
 from .policy import stats_entry
 from .run import (
     Checkpointer, check_fits, command, config_of, fast_precision, gathered, is_main, load_into, load_tensors, open_run, parse_preset,
-    preset_parser, progress,
-    save_weights)
+    preset_parser, progress, save_weights, start_processes)
 from .stdit import STDiT
 from .trajectory import ActionStats, TrajectoryBatch, load_stats, read_shards, window_frames, window_starts
 from .vae import VAE, load_vae
@@ -57,8 +56,9 @@ class LatentWindows:
 @torch.no_grad()
 def encode_windows(vae: VAE, batch: TrajectoryBatch, stats: ActionStats, config: WorldModelConfig) -> LatentWindows:
     "Encode every frame of `batch` once (posterior mode, stored in half precision)."
-    with fast_precision(next(vae.parameters()).device):
-        latents = [vae.encode(batch.frames[i:i + 1])[0].transpose(0, 1).half() for i in progress(range(len(batch)), "encode")]
+    device = next(vae.parameters()).device
+    with fast_precision(device):
+        latents = [vae.encode(batch.frames[i:i + 1].to(device))[0].transpose(0, 1).half().cpu() for i in progress(range(len(batch)), "encode")]
     return LatentWindows(torch.stack(latents), stats.normalize(batch.actions), batch.length, config)
 
 # %% ../nbs/10_alignment.ipynb #7259934c
@@ -221,7 +221,8 @@ def main(argv=None):
     # loaded by name and only when asked: that room is above this one
     if args.pretrain: return import_module("wmpo_nb.oxe").pretrain(args, preset)
     stage, config = ("align", preset.alignment) if args.align else ("pretraining", preset.pretraining)
-    vae, stats, batch = load_vae(args.vae), load_stats(args.stats, stats_entry(args.stats, preset)), read_shards(args.data[0])
+    vae, stats = load_vae(args.vae).to(start_processes().device), load_stats(args.stats, stats_entry(args.stats, preset))
+    batch = read_shards(args.data[0])
     torch.manual_seed(args.seed)
     world_model = load_world_model(args.align, preset=preset, dtype=torch.float32) if args.align else make_world_model(preset)
     run = open_run(args, preset, "wmpo-train-world-model")

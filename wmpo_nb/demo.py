@@ -218,7 +218,7 @@ def make_record(run: Run, command_line: str, fast: bool, evaluations: dict, samp
     return {"title": f"WMPO on {run.preset.task.name}", "preset": run.preset.name, "command": command_line, "seed": run.seed, "fast": fast,
             "evaluations": {name: e.to_dict() for name, e in evaluations.items()},
             "sampled": {name: e.to_dict() for name, e in sampled.items()}, "learning": practice_log(run.folder), "reward": reward,
-            "agreement": worlds, "clips": clips, "ledger": run.ledger.state_dict(), "config": run.preset.to_dict(),
+            "agreement": worlds, "clips": clips, "ledger": run.ledger.state_dict(), "config": run.preset.to_dict(), "weights": run.weights,
             "versions": versions | {"python": platform.python_version()}, "caveats": closed}
 
 # %% ../nbs/19_demo.ipynb #4072b089

@@ -351,6 +351,7 @@ def first_success(policy, task: TaskConfig, count: int) -> int | None:
 # %% ../nbs/21_doctor.ipynb #08cbf385
 def check_base_success(kit) -> Finding:
     "One success of the policy, anywhere."
+    if "policy" not in json.loads((kit.folder / "config.json").read_text()): return Finding("skipped", "weights of this layout are not loaded here")
     if kit.policy.instruction != kit.task.instruction: return Finding("skipped", f"the policy is for '{kit.policy.instruction}'")
     trial = first_success(kit.policy, kit.task, TRIALS)
     if trial: return ok(f"the base policy solves a start (trial {trial})")

@@ -6,7 +6,7 @@ __all__ = ['ENVIRONMENTS', 'DISRUPTIONS', 'POD', 'LID', 'NUT', 'PIECES', 'EXPERT
            'read_demonstrations', 'render_demonstration', 'as_batch', 'render_demonstrations', 'check_task', 'main']
 
 # %% ../nbs/23_mimicgen.ipynb #37901015
-import contextlib, importlib.util, io, json
+import contextlib, importlib.util, io, itertools, json
 from importlib import import_module
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -146,13 +146,13 @@ def restore(self: MimicGenEnvironment, snapshot: SceneSnapshot):
 # %% ../nbs/23_mimicgen.ipynb #3853cdaa
 def draw_states(task: TaskConfig, seeds, change: Callable | None = None) -> tuple[np.ndarray, list[str]]:
     "States float64 [N, D] and scenes of `seeds`, before the idle steps; `change(scene, rng)` edits each scene."
-    env, states, scenes = MimicGenEnvironment(task), [], []
-    for seed in progress(list(seeds), "states"):
-        env.place(seed)
-        scene = env.env.sim.model.get_xml()
-        states.append(env.env.sim.get_state().flatten())
-        scenes.append(change(scene, np.random.default_rng(seed)) if change else scene)
-    env.close()
+    states, scenes = [], []
+    with contextlib.closing(MimicGenEnvironment(task)) as env:
+        for seed in progress(list(seeds), "states"):
+            env.place(seed)
+            scene = env.env.sim.model.get_xml()
+            states.append(env.env.sim.get_state().flatten())
+            scenes.append(change(scene, np.random.default_rng(seed)) if change else scene)
     return np.stack(states), scenes
 
 # %% ../nbs/23_mimicgen.ipynb #c39091eb
@@ -337,12 +337,13 @@ def script(self: MimicGenEnvironment, style: Style, rng):
 
 # %% ../nbs/23_mimicgen.ipynb #2e08dc3f
 def read_demonstrations(path):
-    "Yield (scene as XML, states float64 [T, D], actions float32 [T, 7]) of a robomimic HDF5 file, in order."
+    "Yield (scene as XML, states float64 [T, D], actions float32 [T, 7]) of a robomimic HDF5 file, in order. Raises `UserError`."
     import h5py
     try:
         with h5py.File(path, "r") as file:
             for name in sorted(file["data"], key=lambda name: int(name.rpartition("_")[2])):
                 demo = file["data"][name]
+                if len(demo["states"]) != len(demo["actions"]): raise ValueError(f"{name} has {len(demo['states'])} states and {len(demo['actions'])} actions")
                 yield demo.attrs["model_file"], demo["states"][:].astype(np.float64), demo["actions"][:].astype(np.float32)
     except (OSError, KeyError, ValueError) as error:
         raise UserError(f"{path} is no file of demonstrations in robomimic's layout ({error})") from None
@@ -372,20 +373,21 @@ def as_batch(demonstration: dict, number: int) -> TrajectoryBatch:
                            one(demonstration["success"]), length.clone(), length, torch.tensor([number]), torch.zeros(1, dtype=torch.long))
 
 # %% ../nbs/23_mimicgen.ipynb #e97b4b15
-def render_demonstrations(task: TaskConfig, source, folder, count: int | None = None) -> dict:
-    "Draw the first `count` demonstrations of `source` (HDF5) and write one shard each; counts of written, failed and too long ones."
-    env, folder, counts = MimicGenEnvironment(task), Path(folder), {"written": 0, "failed": 0, "too long": 0}
+def render_demonstrations(task: TaskConfig, source, folder, count: int | None = None, resume: bool = False) -> dict:
+    """Draw the first `count` demonstrations of `source` (HDF5) and write one shard each; `resume` keeps the shards that are there.
+    Counts of those written, of these those that failed, of those kept, and of those too long for the task."""
+    folder, counts = Path(folder), {"written": 0, "failed": 0, "kept": 0, "too long": 0}
     folder.mkdir(parents=True, exist_ok=True)
-    for number, (scene, states, actions) in enumerate(read_demonstrations(source)):
-        if count is not None and number >= count: break
-        if len(actions) > task.horizon:
-            counts["too long"] += 1
-            continue
-        demonstration = render_demonstration(env, scene, states, actions)
-        counts["written"] += 1
-        counts["failed"] += not demonstration["success"]
-        write_shard(folder / f"demo_{number:05d}.tar", as_batch(demonstration, number))
-    env.close()
+    with contextlib.closing(MimicGenEnvironment(task)) as env:
+        for number, (scene, states, actions) in enumerate(itertools.islice(read_demonstrations(source), count)):
+            shard = folder / f"demo_{number:05d}.tar"
+            if len(actions) > task.horizon: counts["too long"] += 1
+            elif resume and shard.exists(): counts["kept"] += 1
+            else:
+                demonstration = render_demonstration(env, scene, states, actions)
+                write_shard(shard, as_batch(demonstration, number))
+                counts["written"] += 1
+                counts["failed"] += not demonstration["success"]
     return counts
 
 # %% ../nbs/23_mimicgen.ipynb #8a5a12ee
@@ -428,11 +430,14 @@ def main(argv=None):
     "Console script `wmpo-mimicgen`: files of states, and demonstrations as trajectories."
     args, preset = parse_preset(_parser(), argv)
     if args.action != "states" and not args.source: raise UserError(f"{args.action} needs --source; see --help")
+    if args.action != "states" and args.disrupt: raise UserError("--disrupt changes states that are drawn: use it with 'states'")
+    if args.action == "convert" and args.count: raise UserError("convert takes all states of its file: leave --count away")
+    if args.count is not None and args.count < 1: raise UserError("--count starts at 1")
     if args.action == "convert":
         convert_states(args.source, args.output / "states.npz")
         return print(f"states converted to {args.output / 'states.npz'}")
     if preset.task.name not in ENVIRONMENTS: raise UserError(f"{preset.task.name} is no task of MimicGen's: choose a --preset of {', '.join(ENVIRONMENTS)}")
     if args.action == "states": return print(_states(args, preset))
     check_task(args.source, preset.task)
-    counts = render_demonstrations(preset.task, args.source, args.output, args.count)
+    counts = render_demonstrations(preset.task, args.source, args.output, args.count, args.resume)
     print(", ".join(f"{number} {what}" for what, number in counts.items()) + f"; in {args.output}")

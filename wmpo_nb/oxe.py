@@ -588,7 +588,7 @@ def pretrain(args, preset: Preset):
 # %% ../nbs/29_oxe.ipynb #b725758f
 def _parser():
     parser = argparse.ArgumentParser(prog="python -m wmpo_nb.oxe", description="Quantiles of the actions of LeRobot data sets, for --stats.")
-    parser.add_argument("--data", required=True, nargs="+", metavar="PATH", help="folders or hub ids, each a data set")
+    parser.add_argument("--data", required=True, nargs="+", metavar="PATH", help="folders or hub ids, each a data set; or oxe, for all of the mixture")
     parser.add_argument("--output", default="dataset_statistics.json", metavar="FILE", help="(default: %(default)s)")
     return parser
 
@@ -596,16 +596,17 @@ def _parser():
 @command
 def main(argv=None):
     "`python -m wmpo_nb.oxe`: add an entry for each data set to a dataset_statistics.json."
-    args, entries = _parser().parse_args(argv), {}
-    for path in args.data:
+    args = _parser().parse_args(argv)
+    for path in [source.path for item in args.data for source in (find_sources([item]) if item == "oxe" else [Source(item)])]:
         # any camera will do: only tables are read
         camera = next((key for key, f in _read_info(Files(path))["features"].items() if f.get("dtype") == "video"), None)
         source = Source(path, camera=camera)
-        entries[source.name] = compute_stats(RobotVideos(source))
-    record = _load_json(Path(args.output)) if Path(args.output).is_file() else {}
-    record |= {name: {"action": {"q01": s.q01.tolist(), "q99": s.q99.tolist(), "mask": s.mask.tolist()}} for name, s in entries.items()}
-    _write_text(args.output, json.dumps(record, indent=1))
-    print(f"statistics of {', '.join(entries)} written to {args.output}")
+        found = compute_stats(RobotVideos(source))
+        # after each data set: an interruption loses only one
+        record = _load_json(Path(args.output)) if Path(args.output).is_file() else {}
+        record[source.name] = {"action": {"q01": found.q01.tolist(), "q99": found.q99.tolist(), "mask": found.mask.tolist()}}
+        _write_text(args.output, json.dumps(record, indent=1))
+        print(f"statistics of {source.name} written to {args.output}")
 
 # %% ../nbs/29_oxe.ipynb #3e490b16
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

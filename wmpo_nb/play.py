@@ -22,7 +22,7 @@ from .demo import SHIPPED, Parts
 from .dream import Dream
 from .evaluation import replay
 from .flow import euler_timesteps
-from .presets import TaskConfig, UserError, load_preset, seeds_for
+from .presets import Preset, TaskConfig, UserError, load_preset, seeds_for
 from .reward import load_reward
 from .run import atomic_write, command, parse_preset, preset_parser
 from .simulator import Simulator, choose_gl
@@ -290,6 +290,14 @@ def save_gif(path: Path, real: TrajectoryBatch, dream: TrajectoryBatch, *, scale
     return Path(path)
 
 # %% ../nbs/24_play.ipynb #82084d91
+def _check_run(args, preset: Preset):
+    "Whether `--run` is one of this preset's, begun with these weights: its world model speaks the latents of its own VAE."
+    made, weights = (json.loads(path.read_text()) if path.exists() else None for path in (args.run / "config.json", args.run / "weights.json"))
+    if made and made["preset"]["name"] != preset.name: raise UserError(f"{args.run} is a run of {made['preset']['name']}: name it with --preset")
+    if weights and weights != Parts(args.weights, preset).digests():
+        raise UserError(f"{args.run} began with other weights: name their folder with --weights")
+
+
 @command
 def main(argv=None):
     "Console script `wmpo-play`: the page, or the GIF, for the shipped networks or those of a run."
@@ -303,6 +311,7 @@ def main(argv=None):
     parser.add_argument("--gif", type=Path, metavar="FILE", help="write a GIF of four trials in both worlds, and no page")
     args, preset = parse_preset(parser, argv)
     if not preset.name.startswith("tiny"): raise UserError(f"preset {preset.name} is too large for a browser: only the tiny ones are played")
+    if args.run: _check_run(args, preset)
     world_model = load_world_model(args.run / "world_model.safetensors", preset.world_model) if args.run else None
     classifier = load_reward(args.run / "reward.safetensors") if args.run else None
     if args.gif: written = write_gif(args.gif, Parts(args.weights, preset), world_model, classifier, args.seed)

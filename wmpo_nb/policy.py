@@ -592,11 +592,12 @@ def from_pretrained(cls: OpenVLAOFT, folder, config: PolicyConfig | None = None,
 
 # %% ../nbs/04_policy.ipynb #95d270f3
 def stats_entry(path, preset: Preset) -> str | None:
-    "The preset's entry in a dataset_statistics.json: `<task>_d0_300_demos` in released files; None in ours, which have only one."
+    """The preset's entry in a dataset_statistics.json: None in ours, which have one, named by the instruction; for the paper's tasks
+    else `<task>_d0_300_demos`, as in the released files, so that nobody drives with the statistics of another robot."""
     try: entries = json.loads(Path(path).read_text())
     except (OSError, ValueError): return None                  # whoever reads the file says what is wrong with it
     task = next((task for task in PAPER_TASKS if preset.name.startswith(task)), None)
-    return f"{task}_d0_300_demos" if task and any(entry.endswith("_demos") for entry in entries) else None
+    return f"{task}_d0_300_demos" if task and list(entries) != [preset.task.instruction] else None
 
 # %% ../nbs/04_policy.ipynb #9859be17
 def load_policy(folder, preset: Preset, stats=None, stats_key: str | None = None, dtype=torch.float32) -> OpenVLAOFT:

@@ -436,6 +436,8 @@ def pooled(records: list[dict]) -> dict:
     presets, seeds = {r["preset"] for r in records}, [r["seed"] for r in records]
     if len(presets) > 1: raise UserError(f"these runs are of different presets: {', '.join(sorted(presets))}")
     if len(set(seeds)) < len(seeds): raise UserError(f"two of these runs have the same seed: {seeds}")
+    for key, what in (("fast", "with and without --fast"), ("config", "of different settings"), ("weights", "begun with different weights")):
+        if any(r.get(key) != records[0].get(key) for r in records): raise UserError(f"these runs are {what}: pool the seeds of one")
     together = lambda key: _compared(*(_joined(column) for column in zip(*(_both(r, key) for r in records))))
     sampled = {"sampled": together("sampled")} if all("sampled" in r for r in records) else {}
     return {"preset": presets.pop(), **together("evaluations"), **sampled, "runs": [summary(r) for r in records]}

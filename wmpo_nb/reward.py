@@ -361,8 +361,10 @@ def main(argv=None):
     args, preset = parse_preset(_parser(), argv)
     config = preset.reward_training if args.start or not preset.reward_pretraining.steps else preset.reward_pretraining
     torch.manual_seed(args.seed)
-    classifier, batch = load_reward(args.start, preset=preset) if args.start else SuccessClassifier(preset.reward), read_shards(args.data)
-    if args.vae: batch = reconstruct_batch(load_vae(args.vae), batch)
+    device = start_processes().device
+    classifier = (load_reward(args.start, preset=preset) if args.start else SuccessClassifier(preset.reward)).to(device)
+    batch = read_shards(args.data)
+    if args.vae: batch = reconstruct_batch(load_vae(args.vae).to(device), batch)
     run = open_run(args, preset, "wmpo-train-reward")
     with run.stage("reward"):
         classifier = train_reward(classifier, batch, config, seed=args.seed,

@@ -862,6 +862,7 @@ class Run:
     def __init__(self, output, preset: Preset, command: str, seed: int = 0, resume: bool = False, keep: int = 2, log_with=()):
         self.folder, self.preset, self.command, self.seed, self.keep = Path(output), preset, command, seed, keep
         self.ledger, self._writers, self._done, self._trackers = Ledger(), {}, [], make_trackers(log_with, command)
+        self.weights = None                                      # digests, once `start_from` has noted them
         self._rewound = set() if resume else None                # stages whose old entries are gone
         if is_main(): self._claim({"command": command, "seed": seed, "preset": preset.to_dict()}, resume)
         for tracker in self._trackers: tracker.store_init_configuration({"seed": seed} | preset.to_dict())
@@ -988,6 +989,7 @@ def start_from(self: Run, weights: dict[str, str]):
     "Note the digests of the weights that the run starts from, by name. Raises `UserError` if it is resumed with others."
     path = self.folder/"weights.json"
     noted = json.loads(path.read_text()) if path.exists() else weights
+    self.weights = weights
     changed = [name for name in sorted(noted.keys() | weights.keys()) if noted.get(name) != weights.get(name)]
     if changed: raise UserError(f"cannot resume {self.folder}: it started from other weights ({', '.join(changed)}). Choose another --output")
     self._write("weights.json", weights)

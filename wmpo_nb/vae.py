@@ -277,7 +277,7 @@ def reconstruct_batch(vae: VAE, batch: TrajectoryBatch) -> TrajectoryBatch:
     "The batch with frames as the VAE shows them: what the classifier will meet in a dream."
     device = next(vae.parameters()).device
     with fast_precision(device):
-        frames = [vae.reconstruct(video[None]) for video in progress(batch.frames, "reconstruct")]
+        frames = [vae.reconstruct(video[None].to(device)).cpu() for video in progress(batch.frames, "reconstruct")]
     return replace(batch, frames=torch.cat(frames))
 
 # %% ../nbs/06_vae.ipynb #082928e5
