@@ -174,6 +174,13 @@ def test_damaged_weights(policy_folder):
     assert is_failure(examine(next(c for c in CHECKS if c.name == "policy"), Kit(policy_folder)))
 
 
+def test_a_policy_of_the_released_layout_is_no_failure(policy_folder):
+    rewrite(policy_folder / "config.json", lambda record: {name: value for name, value in record.items() if name not in ("policy", "instruction")})
+    found = {name: examine(next(c for c in CHECKS if c.name == name), Kit(policy_folder)) for name in ("policy", "base success")}
+    assert found["policy"].status == "ok" and found["base success"].status == "skipped"
+    assert all("not loaded here" in finding.text for finding in found.values())
+
+
 class Idle:
     "A policy that does nothing."
     instruction = "lift"

@@ -339,6 +339,15 @@ def test_the_recipe_for_the_checkpoints_fits_on_its_gpus():
     assert found == ["alignment", "alignment", "reward_training", "grpo"]
 
 
+def test_pretraining_on_the_mixture_fits_as_the_cluster_recipe_launches_it():
+    text = (RECIPE.parent / "cluster.md").read_text()
+    words = next(block for block in re.findall(r"```bash\n(.*?)```", text, re.S) if "--pretrain oxe" in block).split()
+    option = lambda name: words[words.index(name) + 1]
+    setup = replace(configured_setup(RECIPE.parents[2] / option("--config_file"), DEVICES["h100"]), passes=int(option("--accumulate")))
+    preset = load_preset(option("--preset"))
+    assert estimate(preset, "pretraining", setup).fits and not estimate(preset, "pretraining", replace(setup, passes=1)).fits
+
+
 # ------------------------------------------------------------------------------- the commands
 def test_dry_run_of_a_training_command(tmp_path):
     "Without the files the run itself would need, and without leaving a trace."

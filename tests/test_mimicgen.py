@@ -81,7 +81,9 @@ def test_the_command_converts_the_authors_states(tmp_path, capsys):
 
 @pytest.mark.parametrize("argv, complaint", [
     (["render"], "--source"), (["states"], "tiny_lift|lift is no task"), (["states", "--preset", "square_128", "--disrupt", "light"], "Known"),
-    (["states", "--preset", "square_128", "--disrupt", "texture"], "three_piece_assembly, not square")])
+    (["states", "--preset", "square_128", "--disrupt", "texture"], "three_piece_assembly, not square"),
+    (["convert", "--source", "s.pkl", "--disrupt", "position"], "use it with 'states'"), (["convert", "--source", "s.pkl", "--count", "1"], "all states"),
+    (["states", "--preset", "square_128", "--count", "0"], "starts at 1")])
 def test_wrong_words_are_answered_in_one_line(argv, complaint, capsys, tmp_path):
     import re
     assert main([*argv, "--output", str(tmp_path / "out")]) == 2
@@ -187,6 +189,10 @@ def test_demonstrations_are_drawn_as_they_happened(square, tmp_path):
     batch = read_shards(tmp_path / "out")
     assert len(batch) == 1 and int(batch.length) == 12 and batch.frames.shape[1] == 185       # the second is too long
     assert np.array_equal(batch.frames[0, :12].numpy(), np.stack(frames)) and np.allclose(batch.actions[0, :12], actions)
+    before = next((tmp_path / "out").glob("*.tar")).stat().st_mtime_ns
+    assert main([*argv, "--resume"]) == 0 and next((tmp_path / "out").glob("*.tar")).stat().st_mtime_ns == before       # kept
+    write_demonstrations(tmp_path / "e.hdf5", [(scene, states, actions[:-1])])
+    with pytest.raises(UserError, match="12 states and 11 actions"): list(read_demonstrations(tmp_path / "e.hdf5"))
 
 
 @needs_mimicgen

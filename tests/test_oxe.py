@@ -177,7 +177,7 @@ def test_statistics_come_from_the_file_that_is_given(data, sources, tmp_path, ca
     assert find_action_stats(RobotVideos(sources[0]).files, "left", given).q99.tolist() == [3.0] * 7
     with pytest.raises(UserError, match="cannot read"): find_action_stats(RobotVideos(sources[0]).files, "left", tmp_path / "nothing.json")
     made = tmp_path / "made.json"
-    assert oxe.main(["--data", str(data / "left"), "--output", str(made)]) == 0
+    assert oxe.main(["--data", str(data / "left"), str(tmp_path / "nowhere"), "--output", str(made)]) == 2      # what was done before it stays
     assert oxe.main(["--data", str(data / "right"), "--output", str(made)]) == 0           # added, not replaced
     assert torch.allclose(load_stats(made, "left").q99[:6], own.q99[:6], atol=1e-6) and load_stats(made, "right").q99[0] > 30
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers import refusal
 from wmpo_nb import play
 from wmpo_nb.demo import SHIPPED, Parts
 from wmpo_nb.flow import euler_timesteps
@@ -129,3 +130,12 @@ def test_errors_are_one_line(tmp_path):
                            "--output", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "too large for a browser" in done.stderr
     with pytest.raises(UserError, match="wmpo-play"): play.show_page(tmp_path / "play.html")
+
+
+def test_a_run_of_another_task_or_other_weights_is_refused(tmp_path, capsys):
+    digests = Parts(SHIPPED, load_preset("tiny_lift")).digests()
+    for name, weights, complaint in (("tiny_stack", digests, "--preset"), ("tiny_lift", digests | {"vae.safetensors": "0"}, "--weights"),
+                                     ("tiny_lift", digests, "world_model.safetensors")):                    # ours, and not finished
+        (tmp_path / "config.json").write_text(json.dumps({"preset": {"name": name}}))
+        (tmp_path / "weights.json").write_text(json.dumps(weights))
+        assert complaint in refusal(play.main, capsys, "--run", str(tmp_path), "--output", str(tmp_path / "page"))

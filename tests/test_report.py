@@ -211,7 +211,7 @@ def test_it_says_which_policy_the_dream_chose(seeds, tmp_path):
     assert "- seed 3: 25 (2), 50 (4), 50 (6), 38 (8)" in (tmp_path / "r.md").read_text()
 
 
-@pytest.mark.parametrize("field, value, word", [("seed", 3, "same seed"), ("preset", "tiny_stack", "different presets"), ("fast", None, "--fast"),
+@pytest.mark.parametrize("field, value, word", [("seed", 3, "same seed"), ("preset", "tiny_stack", "different presets"), ("fast", True, "--fast"),
                                                 ("config", {"collect": {"trajectories": 512}}, "different settings"), ("weights", {"vae": "5e1f"}, "different weights")])
 def test_runs_that_do_not_belong_together(seeds, field, value, word):
     with pytest.raises(UserError, match=word): pooled([seeds[0], seeds[1] | {field: value}])
