@@ -644,11 +644,13 @@ def test_a_trained_policy_keeps_its_format(released, tmp_path):
 
 
 def test_the_entry_of_the_statistics(released, tmp_path):
-    "Released files name the task; ours have one entry under the instruction, whatever the preset."
+    "Released files name the task; ours have one entry under the preset's instruction; statistics of anything else are asked for the task, and refused."
     square, tiny = load_preset("square_1280_paper"), load_preset("tiny_lift")
     write_statistics(tmp_path / "two.json", "coffee", "square")
     assert stats_entry(tmp_path / "two.json", square) == "square_d0_300_demos" and stats_entry(released.stats, tiny) is None
-    (tmp_path / "ours.json").write_text('{"lift": {}}')
+    (tmp_path / "ours.json").write_text(json.dumps({square.task.instruction: {}}))
+    (tmp_path / "other.json").write_text('{"lift": {}}')
+    assert stats_entry(tmp_path / "other.json", square) == "square_d0_300_demos"
     assert stats_entry(tmp_path / "ours.json", square) is None and stats_entry(tmp_path / "none.json", square) is None
 
 
