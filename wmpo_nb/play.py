@@ -289,7 +289,7 @@ def save_gif(path: Path, real: TrajectoryBatch, dream: TrajectoryBatch, *, scale
     with atomic_write(Path(path)) as temporary: temporary.write_bytes(buffer.getvalue())
     return Path(path)
 
-# %% ../nbs/24_play.ipynb #82084d91
+# %% ../nbs/24_play.ipynb #5c1e7a42
 def _check_run(args, preset: Preset):
     "Whether `--run` is one of this preset's, begun with these weights: its world model speaks the latents of its own VAE."
     made, weights = (json.loads(path.read_text()) if path.exists() else None for path in (args.run / "config.json", args.run / "weights.json"))
@@ -297,7 +297,7 @@ def _check_run(args, preset: Preset):
     if weights and weights != Parts(args.weights, preset).digests():
         raise UserError(f"{args.run} began with other weights: name their folder with --weights")
 
-
+# %% ../nbs/24_play.ipynb #82084d91
 @command
 def main(argv=None):
     "Console script `wmpo-play`: the page, or the GIF, for the shipped networks or those of a run."
