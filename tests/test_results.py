@@ -126,10 +126,11 @@ def test_pages_are_made_again_to_the_byte(tmp_path):
 
 
 def test_a_part_with_fewer_seeds_says_so_and_is_compared_with_their_base():
-    many = CELLS + [cell("wmpo", "1111" * 16, 2)] + [cell("base", "0000" * 16, 2)] + [cell("wmpo", "1111" * 16, 1, P=512)]
+    many = CELLS + [cell("wmpo", "1111" * 16, seed) for seed in (1, 2)] + [cell("base", "0000" * 16, 2)] + [cell("wmpo", "1111" * 16, 1, P=512)]
     line, warning = seeds_lines(many)
     assert line == "Seeds: tiny_lift, P = 128: 0, 1, 2; tiny_lift, P = 512: 1."
-    assert "P = 512" in warning and "P = 128" not in warning
+    assert "tiny_lift, P = 128 (GRPO, online and DPO) and tiny_lift, P = 512 says" in warning           # WMPO has three seeds in the first part
+    assert len(seeds_lines([cell("wmpo", "1111", seed) for seed in range(3)])) == 1
     assert seeds_lines(CELLS[:1])[0].startswith("Seeds: 0.")                # only the base policy yet
     small = {row[0]: row for row in table1_rows(many, "tiny_lift", 512)}
     assert "(32/64" in small["base policy"][1] and small["base policy"][2] == "50.0"

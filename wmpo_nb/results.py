@@ -515,12 +515,16 @@ BOUNDS = ("In brackets: counts and 95 % intervals (Wilson; paired differences Ne
 # %% ../nbs/26_results.ipynb #3a790293
 def seeds_lines(cells: list[dict]) -> list[str]:
     "Which seeds the cells have, preset by preset and budget by budget where these differ, and a warning where they are few."
-    seeds = {}
+    seeds, few = {}, []
     # a base policy has no budget: it counts only where there is nothing else
-    for c in [c for c in cells if c.get("method") != "base"] or cells: seeds.setdefault(f"{c['preset']}, P = {c['P']}", set()).add(c["seed"])
-    names, few = {part: ", ".join(map(str, sorted(found))) for part, found in seeds.items()}, [part for part, found in seeds.items() if len(found) < 3]
-    alike = len(set(names.values())) == 1
-    lines = [f"Seeds: {next(iter(names.values())) if alike else '; '.join(f'{part}: {text}' for part, text in sorted(names.items()))}."]
+    for c in [c for c in cells if c.get("method") != "base"] or cells:
+        seeds.setdefault(f"{c['preset']}, P = {c['P']}", {}).setdefault(METHODS.get(c.get("method"), str(c.get("method"))), set()).add(c["seed"])
+    names = {part: ", ".join(map(str, sorted(set().union(*found.values())))) for part, found in seeds.items()}
+    for part, found in seeds.items():
+        behind = [method for method, own in found.items() if len(own) < 3]
+        if behind: few.append(part + f" ({' and '.join(behind)})" * (len(behind) < len(found)))
+    alike = len(set(names.values())) == 1 and all("(" not in part for part in few)
+    lines = [f"Seeds: {next(iter(names.values())) if len(set(names.values())) == 1 else '; '.join(f'{part}: {text}' for part, text in sorted(names.items()))}."]
     where = "here" if alike else f"in the parts for {' and '.join(sorted(few))}"
     if few: lines.append(f"**Fewer than three seeds: nothing {where} says how much training itself varies.**")
     return lines
