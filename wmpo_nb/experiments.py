@@ -210,10 +210,10 @@ def matching_demo(cell: Cell, stages: tuple | None = None) -> Path | None:
 
     Without `stages` it must have started from the very weights of this cell."""
     for demo in map(Path, cell.demos):
-        if not stages and read_json(demo / "weights.json") != cell.parts.digests(): continue
         config = read_json(demo / "config.json")
         if config and (demo / "record.json").exists() and config["seed"] == cell.seed and config["preset"]["name"] == cell.preset.name:
-            if same_preset(config["preset"], cell.preset, stages) and same_base_policy(cell, demo): return demo
+            same_weights = stages or read_json(demo / "weights.json") == cell.parts.digests()
+            if same_preset(config["preset"], cell.preset, stages) and same_weights and same_base_policy(cell, demo): return demo
     return None
 
 # %% ../nbs/28_experiments.ipynb #64f36635

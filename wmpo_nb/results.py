@@ -523,9 +523,9 @@ def seeds_lines(cells: list[dict]) -> list[str]:
     for part, found in seeds.items():
         behind = [method for method, own in found.items() if len(own) < 3]
         if behind: few.append(part + f" ({' and '.join(behind)})" * (len(behind) < len(found)))
-    alike = len(set(names.values())) == 1 and all("(" not in part for part in few)
-    lines = [f"Seeds: {next(iter(names.values())) if len(set(names.values())) == 1 else '; '.join(f'{part}: {text}' for part, text in sorted(names.items()))}."]
-    where = "here" if alike else f"in the parts for {' and '.join(sorted(few))}"
+    alike = len(set(names.values())) == 1
+    lines = [f"Seeds: {next(iter(names.values())) if alike else '; '.join(f'{part}: {text}' for part, text in sorted(names.items()))}."]
+    where = "here" if alike and few == list(seeds) else f"in the parts for {' and '.join(sorted(few))}"
     if few: lines.append(f"**Fewer than three seeds: nothing {where} says how much training itself varies.**")
     return lines
 
