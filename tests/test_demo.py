@@ -6,12 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from helpers import refusal
-from wmpo_nb.demo import SHIPPED, TRAINED, Parts, main, practice_log, share
+from wmpo_nb import demo
+from wmpo_nb.demo import SHIPPED, TRAINED, main, practice_log, practise, share, weight_digests
 from wmpo_nb.presets import load_preset
+from wmpo_nb.run import Run
 
 TINY = ["--fast", "--workers", "2", "--collect.trajectories", "24", "--collect.rounds", "2", "--alignment.steps", "3", "--reward_training.steps", "3",
         "--grpo.iterations", "2", "--grpo.groups", "2", "--grpo.group_size", "4", "--grpo.max_draws", "2", "--evaluation.states", "4",
@@ -49,6 +52,17 @@ def test_unwritable_output(capsys, tmp_path):
     assert "file" in message(capsys, "--output", str(tmp_path / "file" / "run"))
 
 
+def test_rounds_and_repeats_practise_with_dice_of_their_own(tmp_path, monkeypatch):
+    thrown = []
+    monkeypatch.setattr(demo, "train_wmpo", lambda *_, seed, **__: thrown.append(seed))
+    monkeypatch.setattr(demo, "stage_checkpoints", lambda *_: None)
+    for i, options in enumerate(({}, {"number": 1}, {"noise": 1}, {"noise": 2}, {"number": 1, "noise": 1})):
+        run = Run(tmp_path / str(i), load_preset("tiny_lift"), "test", 7)
+        practise(run, SimpleNamespace(save_pretrained=lambda path: None), None, [], **options)
+        run.close()
+    assert thrown[0] == 7 and len(set(thrown)) == 5
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     "The same tiny run twice: unbroken, and killed in the middle and resumed."
@@ -82,7 +96,7 @@ def test_record_and_report(runs):
     page = (folder / "whole/report.html").read_text()
     assert "95 % interval" in page and "<script" not in page and "after alignment" in page
     assert "after WMPO" in printed and "report.html" in printed
-    assert json.loads((folder / "broken/weights.json").read_text()) == Parts(SHIPPED, load_preset("tiny_lift")).digests()
+    assert json.loads((folder / "broken/weights.json").read_text()) == weight_digests(SHIPPED, load_preset("tiny_lift"))
 
 
 def test_a_run_does_not_go_on_with_other_weights(runs, capsys):

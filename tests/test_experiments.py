@@ -13,6 +13,7 @@ import torch
 
 from helpers import refusal
 from wmpo_nb import simulator as simulator_room
+from wmpo_nb.demo import SHIPPED, Parts, weight_digests
 from wmpo_nb.evaluation import evaluate
 from wmpo_nb.experiments import (ABLATIONS, EXPERIMENTS, KINDS, BranchedDream, Cell, Job, artefact, branch_points, cells_of, changed_fields, disturb,
                                  displaced, failed_grasps, is_finished, job_name, main, matching_demo, only, plan, read_json, result_of, run_jobs,
@@ -63,6 +64,7 @@ def test_variants_change_what_they_say():
             assert changed.groups * changed.group_size == PRESET.grpo.groups * PRESET.grpo.group_size
     same, options = vary(PRESET, ABLATIONS["temperature"]["1.6"])
     assert same == PRESET and options == {"temperature": 1.6}          # the P trajectories stay what they are
+    assert vary(PRESET, ABLATIONS["other noise"]["2"]) == (PRESET, {"noise": 2})
     off = vary(PRESET, ABLATIONS["dynamic sampling"]["off"])[0].grpo
     assert (off.accuracy_low, off.accuracy_high) == (0.0, 1.0)
 
@@ -100,6 +102,23 @@ def test_a_cell_of_other_settings_is_refused(tmp_path):
         is_finished(tmp_path, job._replace(preset=override(PRESET, "grpo.iterations", "3")))
 
 
+def test_a_cell_from_other_weights_is_refused(tmp_path):
+    weights, jobs = tmp_path / "weights", [Job("dream", "wmpo", PRESET, 0), Job("real", "grpo", PRESET, 0), Job("old", "wmpo", PRESET, 0)]
+    for name in ("world_model.safetensors", "policy_lift/model.safetensors"):
+        (weights / name).parent.mkdir(parents=True, exist_ok=True)
+        (weights / name).write_bytes(b"first")
+    for job in jobs:
+        write_json(tmp_path / job.name / "cell.json", {})
+        if job.name != "old": Cell(job, tmp_path, weights, tmp_path / "cache").run.close()
+    assert is_finished(tmp_path, jobs[0], weights) and is_finished(tmp_path, jobs[1], weights)
+    with pytest.raises(UserError, match="other weights"): is_finished(tmp_path, jobs[2], weights)          # nobody noted which
+    (weights / "world_model.safetensors").write_bytes(b"second")
+    assert is_finished(tmp_path, jobs[1], weights)                                                         # it never dreamt
+    with pytest.raises(UserError, match="other weights"): run_jobs(tmp_path, jobs[:2], None, 1, weights)
+    (weights / "policy_lift/model.safetensors").write_bytes(b"second")
+    with pytest.raises(UserError, match="other weights"): is_finished(tmp_path, jobs[1], weights)
+
+
 def test_interrupting_ends_the_processes(tmp_path):
     code = (f"from wmpo_nb.experiments import Job, run_jobs\nimport sys\nfrom wmpo_nb.presets import load_preset\n"
             f"job = Job('slow', 'x', load_preset('tiny_lift'), 0)\n"
@@ -125,9 +144,8 @@ def test_presets_are_recognised_though_fields_are_added():
 
 
 def test_a_demo_in_another_world_model_is_not_taken_for_this_one(tmp_path):
-    from wmpo_nb.demo import SHIPPED, Parts
     parts = Parts(SHIPPED, PRESET)
-    began, states = parts.digests(), [InitialState(seed, None) for seed in seeds_for("selection", 2)]
+    began, states = weight_digests(SHIPPED, PRESET), [InitialState(seed, None) for seed in seeds_for("selection", 2)]
     found = evaluate(parts.base, Simulator(PRESET.task, 0, every_frame=False), states, chunks=PRESET.task.chunks)
     assert set(began) == {"vae.safetensors", "world_model.safetensors", "reward.safetensors", "policy_lift/model.safetensors"}
     for name, weights in (("same", began), ("other", began | {"world_model.safetensors": "0" * 16}), ("unknown", None)):

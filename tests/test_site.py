@@ -46,7 +46,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="session")
 def pages(site) -> dict[Path, Page]:
-    # the play page is one file of 12 MB and has no links
+    # the play page is one file of 13 MB and has no links
     return {path: Page(path.read_text(encoding="utf-8")) for path in site.rglob("*.html") if path.name != "play.html"}
 
 

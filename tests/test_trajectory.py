@@ -1,7 +1,7 @@
 "Windows, statistics, streams, shards and the rollout loop."
 import json
 import tarfile
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ import torch
 
 from wmpo_nb.presets import SEED_RANGES, UserError, seeds_for
 from wmpo_nb.trajectory import (
-    ActionStats, InitialState, Streams, TrajectoryBatch, load_stats, read_shards, save_stats, window_frames, window_starts, write_shard)
+    ActionStats, InitialState, StoredFrames, Streams, TrajectoryBatch, load_stats, read_shards, save_stats, window_frames, window_starts, write_shard)
 
 
 def a_batch(count=3, steps=16, seed=0):
@@ -68,6 +68,30 @@ def test_shards_keep_everything(tmp_path):
     write_shard(tmp_path / "a.tar", batch)
     for back in (read_shards(tmp_path), read_shards(tmp_path / "a.tar")):
         for f in fields(TrajectoryBatch): assert torch.equal(getattr(back, f.name), getattr(batch, f.name)), f.name
+
+
+def test_frames_that_stay_on_disk_are_those_in_memory(tmp_path):
+    batch = a_batch()
+    write_shard(tmp_path / "a.tar", batch[:2])
+    write_shard(tmp_path / "b.tar", batch[2:])
+    back = read_shards(tmp_path, stored=True)
+    assert isinstance(back.frames, StoredFrames) and back.frames.shape == tuple(batch.frames.shape) and len(back) == 3
+    rows, times, none = torch.tensor([[2], [0]]), torch.tensor([[1, 4, 4], [0, 2, 3]]), torch.zeros(3, dtype=torch.bool)
+    for index in (0, slice(1, 3), torch.tensor([2, 2, 0]), torch.tensor([True, False, True]), none, (slice(None), 0), (rows, times), (rows[:, 0], times[:, 1])):
+        found, wanted = back.frames[index], batch.frames[index]
+        assert torch.equal(found, wanted) and found.dtype == torch.uint8, index
+    for f in fields(TrajectoryBatch): assert torch.equal(getattr(back[1:], f.name), getattr(batch[1:], f.name)), f.name
+    before = (tmp_path / "a.tar").read_bytes()
+    back.frames.video(0).zero_()                                      # a scribble in memory
+    assert (tmp_path / "a.tar").read_bytes() == before and torch.equal(back.frames[0], batch.frames[0])
+
+
+def test_stored_frames_must_be_pictures_of_one_size(tmp_path):
+    write_shard(tmp_path / "a.tar", a_batch())
+    write_shard(tmp_path / "b.tar", replace(a_batch(), frames=a_batch().frames[:, :, :2]))
+    with pytest.raises(UserError, match="different sizes"): read_shards(tmp_path, stored=True)
+    write_shard(tmp_path / "b.tar", replace(a_batch(), frames=a_batch().frames.float()))
+    with pytest.raises(UserError, match="b.tar is damaged .*no pictures"): read_shards(tmp_path, stored=True)
 
 
 def test_tokens_that_are_no_words_survive_a_shard(tmp_path):

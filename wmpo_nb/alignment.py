@@ -222,7 +222,7 @@ def main(argv=None):
     if args.pretrain: return import_module("wmpo_nb.oxe").pretrain(args, preset)
     stage, config = ("align", preset.alignment) if args.align else ("pretraining", preset.pretraining)
     vae, stats = load_vae(args.vae).to(start_processes().device), load_stats(args.stats, stats_entry(args.stats, preset))
-    batch = read_shards(args.data[0])
+    batch = read_shards(args.data[0], stored=True)
     torch.manual_seed(args.seed)
     world_model = load_world_model(args.align, preset=preset, dtype=torch.float32) if args.align else make_world_model(preset)
     run = open_run(args, preset, "wmpo-train-world-model")

@@ -406,7 +406,7 @@ def _parser():
     parser = preset_parser("wmpo-mimicgen", "States and demonstrations of MimicGen's tasks. `render` and `states` need MimicGen.",
                            "wmpo-mimicgen states --preset square_128 --disrupt position --output runs/moved_peg\n"
                            "wmpo-mimicgen convert --source coffee_d0_states.pkl --output runs/coffee_states\n"
-                           "wmpo-mimicgen render --preset square_128 --source square_d0.hdf5 --count 300 --output runs/square_demos")
+                           "wmpo-mimicgen render --preset square_128 --source square_d0.hdf5 --count 300 --output runs/square_demos", trains=False)
     parser.add_argument("action", choices=("states", "convert", "render"), help="draw states, convert the authors', or draw demonstrations")
     parser.add_argument("--source", metavar="FILE", help="the authors' states (.pkl), or demonstrations (.hdf5)")
     parser.add_argument("--count", type=int, metavar="N", help="how many (default: evaluation.states, or all demonstrations)")

@@ -18,7 +18,7 @@ from torch import nn
 
 # %% ../nbs/24_play.ipynb #07321027
 from .alignment import load_world_model
-from .demo import SHIPPED, Parts
+from .demo import SHIPPED, Parts, weight_digests
 from .dream import Dream
 from .evaluation import replay
 from .flow import euler_timesteps
@@ -294,7 +294,7 @@ def _check_run(args, preset: Preset):
     "Whether `--run` is one of this preset's, begun with these weights: its world model speaks the latents of its own VAE."
     made, weights = (json.loads(path.read_text()) if path.exists() else None for path in (args.run / "config.json", args.run / "weights.json"))
     if made and made["preset"]["name"] != preset.name: raise UserError(f"{args.run} is a run of {made['preset']['name']}: name it with --preset")
-    if weights and weights != Parts(args.weights, preset).digests():
+    if weights and weights != weight_digests(args.weights, preset):
         raise UserError(f"{args.run} began with other weights: name their folder with --weights")
 
 # %% ../nbs/24_play.ipynb #82084d91
@@ -304,7 +304,7 @@ def main(argv=None):
     parser = preset_parser("wmpo-play", "Write a page in which the world model runs in the browser, to be driven with the keyboard.",
                            "wmpo-play                                        # runs/play/play.html, for the shipped networks\n"
                            "wmpo-play --run runs/demo                        # the aligned world model and the judge of a run\n"
-                           "wmpo-play --gif nbs/images/dream.gif             # a dream beside reality instead")
+                           "wmpo-play --gif nbs/images/dream.gif             # a dream beside reality instead", trains=False)
     parser.add_argument("--run", type=Path, metavar="DIR", help="world model and judge of this run of wmpo-demo")
     parser.add_argument("--weights", type=Path, default=SHIPPED, metavar="DIR", help="networks (default: the shipped ones)")
     parser.add_argument("--cache", type=Path, default=Path("runs/vendor"), metavar="DIR", help="for onnxruntime-web (default: %(default)s)")

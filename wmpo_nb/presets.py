@@ -88,7 +88,7 @@ class WorldModelConfig:
 # %% ../nbs/00_presets.ipynb #07fb0609
 @dataclass(frozen=True)
 class PolicyConfig:
-    "OpenVLA-OFT's shape: featurizers, projector, bidirectional Llama, 8 x 7 zeroed placeholders, 256 bins."
+    "OpenVLA-OFT's shape: featurizers, projector, bidirectional Llama, 8 x 7 zeroed placeholders, `bins` words."
     image_size: int = 64                               # policy input side, pixels
     patch_size: int = 8
     vision_dims: tuple = (96,)                         # width of each featurizer (DINOv2, SigLIP at the paper's size)
@@ -100,7 +100,7 @@ class PolicyConfig:
     num_layers: int = 4
     num_heads: int = 4
     vocab_size: int = 576                              # logits; the last `padded_vocab` ids are unused padding
-    padded_vocab: int = 64                             # the 256 action ids end where the padding starts
+    padded_vocab: int = 64                             # the action ids end where the padding starts
     chunk_size: int = 8
     action_dim: int = 7
     bins: int = 256

@@ -155,8 +155,9 @@ def table1_comparisons(cells: list[dict]) -> dict[str, dict]:
             for m in of: found[f"{preset}, P = {P}: {METHODS[m]} against base"] = compare(base, of[m])
             for m in ("grpo", "dpo"): found[f"{preset}, P = {P}: WMPO against {METHODS[m]}"] = compare(of[m], of["wmpo"])
         for low, high in zip(budgets, budgets[1:]):
-            few, many = (select(cells, preset=preset, P=P, method="wmpo") for P in (low, high))
-            found[f"{preset}: WMPO with P = {high} against P = {low}"] = compare(few, many)
+            for m in ("grpo", "dpo", "wmpo"):
+                few, many = (select(cells, preset=preset, P=P, method=m) for P in (low, high))
+                found[f"{preset}: {METHODS[m]} with P = {high} against P = {low}"] = compare(few, many)
     return {name: comparison for name, comparison in found.items() if comparison}
 
 # %% ../nbs/26_results.ipynb #b342d6c4

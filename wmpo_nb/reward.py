@@ -363,7 +363,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     device = start_processes().device
     classifier = (load_reward(args.start, preset=preset) if args.start else SuccessClassifier(preset.reward)).to(device)
-    batch = read_shards(args.data)
+    batch = read_shards(args.data, stored=bool(args.vae))
     if args.vae: batch = reconstruct_batch(load_vae(args.vae).to(device), batch)
     run = open_run(args, preset, "wmpo-train-reward")
     with run.stage("reward"):

@@ -1019,8 +1019,8 @@ def _set_environment(args):
     if getattr(args, "precision", None): os.environ["WMPO_PRECISION"] = args.precision
 
 # %% ../nbs/01_run.ipynb #99e91299
-def preset_parser(prog: str, description: str, examples: str) -> argparse.ArgumentParser:
-    "Parser with the options every command has; `examples` are shown under --help. Parse with `parse_preset`."
+def preset_parser(prog: str, description: str, examples: str, trains: bool = True) -> argparse.ArgumentParser:
+    "Parser with the options every command has, those of training if it `trains`; `examples` are shown under --help. Parse with `parse_preset`."
     stages = [f.name for f in dataclasses.fields(Preset) if f.name not in ("name", "source")]
     epilog = ("any field of the preset:\n  --STAGE.FIELD VALUE, where STAGE is one of\n"
               f"{textwrap.fill(', '.join(stages), 78, initial_indent='  ', subsequent_indent='  ')}\n\nexamples:\n"
@@ -1033,7 +1033,7 @@ def preset_parser(prog: str, description: str, examples: str) -> argparse.Argume
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same result (default: 0)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --output from its last checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="say what memory, work and time it would take, and stop")
-    _add_cluster_options(parser)
+    if trains: _add_cluster_options(parser)
     return parser
 
 # %% ../nbs/01_run.ipynb #23653817

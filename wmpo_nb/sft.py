@@ -100,7 +100,7 @@ def main(argv=None):
     "Console script `wmpo-sft`: clone the demonstrations in a folder of shards."
     args, preset = parse_preset(_parser(), argv, can_shard=True)
     if preset.sft.lora_rank and not args.start: raise UserError("--sft.lora_rank puts adapters beside a trained policy: name it with --start")
-    batch = read_shards(args.data)
+    batch = read_shards(args.data, stored=True)
     executed = torch.cat([actions[:length] for actions, length in zip(batch.actions, batch.length)])
     torch.manual_seed(args.seed)
     if args.start: policy = load_policy(args.start, preset, args.stats)

@@ -3,11 +3,11 @@
 # %% auto #0
 __all__ = ['ActionStats', 'save_stats', 'load_stats', 'TrajectoryBatch', 'Streams', 'InitialState', 'load_first_frames',
            'save_states', 'load_states', 'load_initial_states', 'ActionChunk', 'World', 'Policy', 'TrainablePolicy',
-           'rollout', 'window_starts', 'window_frames', 'write_shard', 'read_shards']
+           'rollout', 'window_starts', 'window_frames', 'write_shard', 'StoredFrames', 'read_shards']
 
 # %% ../nbs/02_trajectory.ipynb #1a02f74a
 import io, json, tarfile
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -256,16 +256,48 @@ def _check_complete(path):
         file.seek(-1024, io.SEEK_END)
         if any(file.read()): raise ValueError("its end is missing")
 
+# %% ../nbs/02_trajectory.ipynb #142c1a30
+class StoredFrames:
+    """Frames uint8 [B, T+1, H, W, 3] that stay in their files. `frames[rows]` and `frames[rows, times]` read what is asked for, as
+    tensors do; memory holds no more than that. `places`: file, first byte and shape of each video."""
+    def __init__(self, places: list[tuple]):
+        if len(shapes := {shape for *_, shape in places}) > 1: raise UserError(f"trajectories of different sizes: {sorted(shapes)}")
+        self.places, self.shape = places, (len(places), *shapes.pop())
+
+    def __len__(self): return len(self.places)
+
+    def video(self, row: int) -> torch.Tensor:
+        path, begin, shape = self.places[row]
+        return torch.from_numpy(np.memmap(path, np.uint8, "c", begin, shape))      # c: what is written to it never reaches the file
+
+    def __getitem__(self, index) -> torch.Tensor:
+        rows, *times = index if isinstance(index, tuple) else (index,)
+        rows, *times = torch.broadcast_tensors(torch.arange(len(self))[rows], *map(torch.as_tensor, times))
+        places = zip(*(numbers.flatten().tolist() for numbers in (rows, *times)))
+        found = [self.video(row)[time] if time else self.video(row) for row, *time in places]
+        shape = *rows.shape, *self.shape[1 + len(times):]
+        return torch.stack(found).view(shape) if found else torch.empty(shape, dtype=torch.uint8)
+
+# %% ../nbs/02_trajectory.ipynb #eaff1bbe
+def _place(path, info: tarfile.TarInfo, file) -> tuple:
+    "File, first byte and shape of an array of bytes that lies in a tar. Raises `ValueError` if it holds anything else."
+    if np.lib.format.read_magic(file) != (1, 0): raise ValueError(f"{info.name} is no plain array")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    if fortran or dtype != np.uint8: raise ValueError(f"{info.name} holds no pictures")
+    return path, info.offset_data + file.tell(), shape
+
 # %% ../nbs/02_trajectory.ipynb #6540091d
-def _trajectories(path):
-    "Yield the members of each trajectory of one tar as a dictionary; numpy without pickles."
+def _trajectories(path, stored: bool = False):
+    "Yield the members of each trajectory of one tar as a dictionary; numpy without pickles. If `stored`, `place` says where its video is."
     with tarfile.open(path) as archive:
         key, sample = None, {}
         for info in archive:
             prefix, name = info.name.split(".", 1)
             if prefix != key and sample: yield sample; sample = {}
-            data = archive.extractfile(info).read()
-            key, sample[name] = prefix, json.loads(data) if name.endswith("json") else np.load(io.BytesIO(data), allow_pickle=False)
+            key, file = prefix, archive.extractfile(info)
+            if name.endswith("json"): sample[name] = json.load(file)
+            elif stored and name == "video.npy": sample["place"], sample[name] = _place(path, info, file), np.empty(0, np.uint8)
+            else: sample[name] = np.load(io.BytesIO(file.read()), allow_pickle=False)
         if sample: yield sample
 
 # %% ../nbs/02_trajectory.ipynb #20f27cd2
@@ -282,15 +314,20 @@ def _batch_of(sample: dict) -> TrajectoryBatch:
                            intended=torch.from_numpy(sample.get("intended.npy", sample["action.npy"]))[None])
 
 # %% ../nbs/02_trajectory.ipynb #9b5c75b9
-def read_shards(folder) -> TrajectoryBatch:
-    "All trajectories of the tar files in `folder` (or of one tar), sorted by name. Raises `UserError` when there are none or one is damaged."
+def read_shards(folder, stored: bool = False) -> TrajectoryBatch:
+    """All trajectories of the tar files in `folder` (or of one tar), sorted by name; if `stored`, their frames are `StoredFrames`.
+
+    Raises `UserError` when there are none or one is damaged."""
     paths = [Path(folder)] if Path(folder).is_file() else sorted(Path(folder).glob("**/*.tar"))
     if not paths: raise UserError(f"no trajectories (*.tar) in {folder}: collect some with wmpo-collect")
-    batches = []
+    batches, places = [], []
     for path in paths:
         try:
             _check_complete(path)
-            batches += [_batch_of(sample) for sample in _trajectories(path)]
+            for sample in _trajectories(path, stored):
+                batches.append(_batch_of(sample))
+                if stored: places.append(sample["place"])
         except (tarfile.TarError, ValueError, KeyError, EOFError, OSError) as error:
             raise UserError(f"shard {path} is damaged ({error}): delete it and collect again")
-    return TrajectoryBatch.cat(batches)
+    batch = TrajectoryBatch.cat(batches)
+    return replace(batch, frames=StoredFrames(places)) if stored else batch

@@ -276,9 +276,10 @@ def save_diffusers(folder, vae: VAE):
 def reconstruct_batch(vae: VAE, batch: TrajectoryBatch) -> TrajectoryBatch:
     "The batch with frames as the VAE shows them: what the classifier will meet in a dream."
     device = next(vae.parameters()).device
+    frames = torch.empty(tuple(batch.frames.shape), dtype=torch.uint8)
     with fast_precision(device):
-        frames = [vae.reconstruct(video[None].to(device)).cpu() for video in progress(batch.frames, "reconstruct")]
-    return replace(batch, frames=torch.cat(frames))
+        for i in progress(range(len(batch)), "reconstruct"): frames[i] = vae.reconstruct(batch.frames[i:i + 1].to(device))[0].cpu()
+    return replace(batch, frames=frames)
 
 # %% ../nbs/06_vae.ipynb #082928e5
 @command

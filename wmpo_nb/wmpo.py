@@ -417,7 +417,7 @@ def first_frames(batch: TrajectoryBatch) -> list[InitialState]:
 def dream_starts(folder) -> list[InitialState]:
     "Where dreams begin: the first frames of the trajectories (*.tar) in `folder`, or its pictures (<number>.png)."
     if any(Path(folder).glob("*.png")): return load_first_frames(folder)
-    return first_frames(read_shards(folder))
+    return first_frames(read_shards(folder, stored=True))
 
 # %% ../nbs/14_wmpo.ipynb #375bda48
 def _dream(args, preset, stats):
