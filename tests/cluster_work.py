@@ -22,7 +22,7 @@ from wmpo_nb.reward import train_reward
 from wmpo_nb.run import Checkpointer, is_sharded, processes, start_processes
 from wmpo_nb.sft import train_sft
 from wmpo_nb.trajectory import rollout
-from wmpo_nb.vae import train_vae
+from wmpo_nb.vae import reconstruct_shards, train_vae
 from wmpo_nb.wmpo import gather, train_wmpo
 from wmpo_nb.world_model import train_world_model
 
@@ -91,9 +91,11 @@ def dream(folder=None, steps=4, save=None, **fields):
     return weights(world_model)
 
 
-def judge():
+def judge(folder: Path):
+    "Weights of a classifier that learnt from frames on disk, each process having passed a share of them through the VAE, and the frames."
     config = replace(test_reward.TRAINING, **ADAM)
-    return weights(train_reward(test_reward.small_classifier(), test_reward.trials(), config))
+    seen = reconstruct_shards(test_vae.small_vae(), test_reward.trials(), folder)
+    return weights(train_reward(test_reward.small_classifier(), seen, config)), seen.frames[:]
 
 
 def examine():
@@ -108,8 +110,9 @@ def work(folder: Path) -> dict:
     found = {"policy": practise(folder / "whole", 3, history), "online": spend(folder / "online", spent), "dpo": prefer(folder / "dpo"),
              "spent": [(numbers["spent"], numbers["success"]) for numbers in spent]}
     practise(folder / "part", 2)
+    found["reward"], found["seen"] = judge(folder / "seen")
     return found | {"processes": processes()[1], "batch": vars(batch), "success": numbers["success"], "history": history,
-                    "sft": clone(), "vae": autoencode(), "world_model": dream(), "reward": judge(), "evaluation": examine()}
+                    "sft": clone(), "vae": autoencode(), "world_model": dream(), "evaluation": examine()}
 
 
 if __name__ == "__main__":

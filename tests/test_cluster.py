@@ -54,6 +54,12 @@ def test_two_processes_learn_the_same(found, stage):
     torch.testing.assert_close(two[0][stage], alone[stage], atol=1e-5, rtol=0)
 
 
+def test_two_processes_share_what_passes_the_vae(found):
+    alone, two, folder = found
+    assert torch.equal(two[0]["seen"], alone["seen"]) and torch.equal(two[1]["seen"], alone["seen"])
+    assert len(list((folder / "seen").iterdir())) == len(alone["seen"])
+
+
 def test_two_processes_spend_the_same_budget(found):
     "Trials that a process repeats to keep in step with the other are not counted twice."
     alone, two, _ = found

@@ -127,6 +127,7 @@ def test_from_the_released_checkpoints_to_a_trained_policy(shell):
 
     shell.stage("wmpo-train-reward", "--data", data, "--vae", vae, "--start", released_reward)
     reward = shell.folder / "wmpo-train-reward/reward.safetensors"
+    assert not (reward.parent / "seen").exists()               # the pictures it learnt from are not left behind
     judge, policy = load_reward(reward), load_policy(sft, PRESET)
     assert judge.config.first_clip_end == 108 and "f1" in read_metrics(reward.parent)[-1]
     assert not torch.equal(judge.classifier.weight, load_reward(released_reward, preset=PRESET).classifier.weight)

@@ -9,7 +9,7 @@ import torch
 
 from wmpo_nb.evaluation import (Evaluation, calibration, chunk_psnr, departures, spearman, ssim, ssim_by_frame, verdict_flips, wilson)
 from wmpo_nb.presets import UserError
-from wmpo_nb.results import (PAGES, PAPER_TABLE1, best_baseline, checkpoint_correlation, compare, holm, outcome, page_markdown, paper_table1,
+from wmpo_nb.results import (_in_order, PAGES, PAPER_TABLE1, best_baseline, checkpoint_correlation, compare, holm, outcome, page_markdown, paper_table1,
                              pooled_rate, read_result, recoveries_markdown, relative_steps, seeds_lines, select, table1_comparisons, table1_rows, truth_row,
                              variants_text, verdicts, write_pages)
 from wmpo_nb.trajectory import TrajectoryBatch
@@ -216,3 +216,8 @@ def test_the_pages_are_those_of_the_recorded_results():
     assert any(records.values())
     for page, record in records.items():
         if record: assert page.read_text() == page_markdown(record), "run wmpo-experiment pages"
+
+
+def test_variants_are_listed_as_people_count():
+    assert _in_order(["10 flow steps", "2 flow steps", "1 flow steps", "2 flow steps"]) == ["1 flow steps", "2 flow steps", "10 flow steps"]
+    assert _in_order([("group size", "16"), ("group size", "4"), ("alignment", "off")]) == [("alignment", "off"), ("group size", "4"), ("group size", "16")]

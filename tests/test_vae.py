@@ -5,9 +5,10 @@ import pytest
 import torch
 from wmpo_nb.presets import UserError, VAEConfig, VAETrainConfig
 from wmpo_nb.run import Checkpointer
+from wmpo_nb.trajectory import read_shards, write_shard
 from wmpo_nb.vae import (
-    VAE, edge_loss, frame_sampler, kl_loss, load_vae, main, normalise_latents, psnr, reconstruct_batch, save_vae, to_frames,
-    to_pixels, train_vae)
+    VAE, edge_loss, frame_sampler, kl_loss, load_vae, main, normalise_latents, psnr, reconstruct_batch, reconstruct_shards, save_vae,
+    to_frames, to_pixels, train_vae)
 
 SMALL = VAEConfig(latent_channels=4, block_out_channels=(8, 8), norm_num_groups=1, scaling_factor=0.5)
 TRAINING = VAETrainConfig(steps=6, batch_size=4, warmup_steps=2, decay_steps=2, checkpoint_every=3, log_every=1)
@@ -162,9 +163,18 @@ def test_reconstructed_batch_keeps_everything_but_the_frames():
     assert seen.actions is batch.actions and torch.equal(seen.success, batch.success)
 
 
+def test_pictures_pass_the_vae_on_disk_as_in_memory(tmp_path):
+    from test_reward import trials
+    batch, vae = trials(size=16), small_vae()
+    write_shard(tmp_path / "data/a.tar", batch)
+    write_shard(tmp_path / "seen/leftover.tar", batch)
+    seen = reconstruct_shards(vae, read_shards(tmp_path / "data", stored=True), tmp_path / "seen")
+    assert torch.equal(seen.frames[:], reconstruct_batch(vae, batch).frames) and torch.equal(seen.success, batch.success)
+    assert len(list((tmp_path / "seen").iterdir())) == len(batch)
+
+
 def test_command(tmp_path, capsys):
     from test_reward import trials
-    from wmpo_nb.trajectory import write_shard
     write_shard(tmp_path / "data/a.tar", trials(size=64))
     argv = ["--data", str(tmp_path / "data"), "--output", str(tmp_path / "run"), "--vae_training.steps", "2",
             "--vae.block_out_channels", "[8, 8]", "--vae_training.batch_size", "2"]

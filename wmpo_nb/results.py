@@ -11,7 +11,7 @@ __all__ = ['METHODS', 'TABLE1_HEAD', 'PAPER_TASK_NAMES', 'PAPER_TABLE1', 'PAPER_
            'table1_markdown', 'dreams_and_gains', 'seeds_lines', 'page_markdown', 'read_result', 'write_pages']
 
 # %% ../nbs/26_results.ipynb #59b6b44a
-import base64, json, math
+import base64, json, math, re
 from pathlib import Path
 
 # %% ../nbs/26_results.ipynb #6fab7eb5
@@ -226,14 +226,19 @@ TRUTH_HEAD = ["balanced accuracy", "real failures dreamt as success", "real succ
               "in reality", "verdicts that another noise changes"]
 
 # %% ../nbs/26_results.ipynb #f0b70140
-def _settings(cells, preset, P, name): return list(dict.fromkeys(c[name] for c in cells if c["preset"] == preset and c.get("P") == P and name in c))
+def _in_order(names) -> list:
+    "Each of `names`, texts or tuples of them, once; sorted, and numbers in them as numbers."
+    return sorted(set(names), key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(name))])
+
+
+def _settings(cells, preset, P): return _in_order(c["setting"] for c in cells if (c["preset"], c["P"]) == (preset, P))
 
 # %% ../nbs/26_results.ipynb #e2a163cd
 def truth_markdown(cells: list[dict]) -> str:
     "Dream against reality, by setting (`truth` cells)."
     lines, found = [], [c for c in cells if "confusion" in c]
     for preset, P in sorted({(c["preset"], c["P"]) for c in found}):
-        rows = [[setting, *truth_row(select(found, preset=preset, P=P, setting=setting))] for setting in _settings(found, preset, P, "setting")]
+        rows = [[setting, *truth_row(select(found, preset=preset, P=P, setting=setting))] for setting in _settings(found, preset, P)]
         lines += [f"### Is the dream true? {preset}, P = {P}", "", markdown_table(["dream", *TRUTH_HEAD], rows), ""]
     return "\n".join(lines)
 
@@ -256,7 +261,7 @@ def gained_markdown(cells: list[dict]) -> str:
         base, wmpo = select(cells, preset=preset, method="base"), select(cells, preset=preset, P=P, method="wmpo")
         rows = [[name, rate_text(*pooled_rate(group)), "" if group is base else difference_text(compare(base, group)), *_ledger_text(group)]
                 for name, group in (("base policy", base), ("WMPO as it is", wmpo)) if group]
-        for ablation, variant in dict.fromkeys((c["ablation"], c["variant"]) for c in trained if (c["preset"], c["P"]) == (preset, P)):
+        for ablation, variant in _in_order((c["ablation"], c["variant"]) for c in trained if (c["preset"], c["P"]) == (preset, P)):
             group = select(trained, preset=preset, P=P, ablation=ablation, variant=variant)
             rows.append([f"{ablation}: {variant}", rate_text(*pooled_rate(group)), difference_text(compare(base, group)), *_ledger_text(group)])
         lines += [f"### What practice gained: {preset}, P = {P}", "",
@@ -408,7 +413,7 @@ def noise_figure(cells: list[dict]):
 # %% ../nbs/26_results.ipynb #ac86f599
 def gained_figure(cells: list[dict]):
     trained = [c for c in cells if "variant" in c]
-    names = list(dict.fromkeys((c["preset"], c["P"], c["ablation"], c["variant"]) for c in trained))
+    names = _in_order((c["preset"], c["P"], c["ablation"], c["variant"]) for c in trained)
     figure, (ax,) = _figure(8, 0.8 + 0.4 * (len(names) + 2))
     base, wmpo = (select([c for c in cells if c.get("preset") == names[0][0] and c.get("P") in (None, names[0][1])], method=m) for m in ("base", "wmpo"))
     rows = [("base policy", base), ("WMPO as it is", wmpo)]
@@ -426,7 +431,7 @@ def gained_figure(cells: list[dict]):
 def truth_figure(cells: list[dict]):
     figure, (ax,) = _figure(6, 3)
     found = [c for c in cells if "confusion" in c]
-    for setting in dict.fromkeys(c["setting"] for c in found):
+    for setting in _in_order(c["setting"] for c in found):
         curve = _mean([c["psnr"] for c in found if c["setting"] == setting])
         ax.plot(range(1, len(curve)), [math.nan if v is None else v for v in curve[1:]], label=setting)
     ax.set(xlabel="frame", ylabel="PSNR, dB")

@@ -8,6 +8,7 @@ __all__ = ['RELEASED_NAMES', 'NEGATIVE_SHARES', 'resize_and_crop', 'preprocess',
            'clip_terms', 'train_reward', 'save_reward', 'load_reward', 'load_pth', 'save_pth', 'main']
 
 # %% ../nbs/11_reward.ipynb #852bffb9
+import shutil
 import sys
 from dataclasses import replace
 from functools import partial
@@ -357,21 +358,23 @@ def _parser():
 @command
 def main(argv=None):
     "Console script `wmpo-train-reward`: train the success classifier on a folder of shards."
-    from wmpo_nb.vae import load_vae, reconstruct_batch
+    from wmpo_nb.vae import load_vae, reconstruct_shards
     args, preset = parse_preset(_parser(), argv)
     config = preset.reward_training if args.start or not preset.reward_pretraining.steps else preset.reward_pretraining
     torch.manual_seed(args.seed)
-    device = start_processes().device
-    classifier = (load_reward(args.start, preset=preset) if args.start else SuccessClassifier(preset.reward)).to(device)
-    batch = read_shards(args.data, stored=bool(args.vae))
-    if args.vae: batch = reconstruct_batch(load_vae(args.vae).to(device), batch)
+    accelerator = start_processes()
+    classifier = (load_reward(args.start, preset=preset) if args.start else SuccessClassifier(preset.reward)).to(accelerator.device)
+    batch = read_shards(args.data, stored=True)
     run = open_run(args, preset, "wmpo-train-reward")
     with run.stage("reward"):
+        if args.vae: batch = reconstruct_shards(load_vae(args.vae).to(accelerator.device), batch, run.folder / "seen")
         classifier = train_reward(classifier, batch, config, seed=args.seed,
                                   checkpointer=run.checkpointer(config.checkpoint_every),
                                   log=lambda step, **numbers: run.log("reward", step, **numbers))
     run.close()
+    accelerator.wait_for_everyone()                            # nobody looks at the pictures any more
     if is_main():
+        shutil.rmtree(run.folder / "seen", ignore_errors=True)
         save_reward(run.folder / "reward.safetensors", classifier)
         print(f"{run.folder / 'reward.safetensors'}: " + ", ".join(f"{k} {v:.3f}" for k, v in classifier.metrics.items()))
 

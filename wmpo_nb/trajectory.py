@@ -103,8 +103,9 @@ def __len__(self: TrajectoryBatch) -> int: return len(self.frames)
 # %% ../nbs/02_trajectory.ipynb #8731df75
 @patch
 def __getitem__(self: TrajectoryBatch, index) -> TrajectoryBatch:
-    "The trajectories at `index`: a slice, an index tensor or a bool mask [B]."
-    return TrajectoryBatch(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+    "The trajectories at `index`: a slice, an index tensor or a bool mask [B]. Frames that are stored stay so."
+    at = lambda value: value.rows(index) if hasattr(value, "rows") else value[index]
+    return TrajectoryBatch(**{f.name: at(getattr(self, f.name)) for f in fields(self)})
 
 # %% ../nbs/02_trajectory.ipynb #57d2d224
 @patch(cls_method=True)
@@ -262,19 +263,22 @@ class StoredFrames:
     tensors do; memory holds no more than that. `places`: file, first byte and shape of each video."""
     def __init__(self, places: list[tuple]):
         if len(shapes := {shape for *_, shape in places}) > 1: raise UserError(f"trajectories of different sizes: {sorted(shapes)}")
-        self.places, self.shape = places, (len(places), *shapes.pop())
+        self.places, self.shape, self.videos = places, (len(places), *shapes.pop()), {}
 
     def __len__(self): return len(self.places)
 
-    def video(self, row: int) -> torch.Tensor:
+    def rows(self, index) -> "StoredFrames": return StoredFrames([self.places[row] for row in torch.arange(len(self))[index].tolist()])
+
+    def _video(self, row: int) -> torch.Tensor:
         path, begin, shape = self.places[row]
-        return torch.from_numpy(np.memmap(path, np.uint8, "c", begin, shape))      # c: what is written to it never reaches the file
+        if row not in self.videos: self.videos[row] = torch.from_numpy(np.memmap(path, np.uint8, "c", begin, shape))   # mapped, not read
+        return self.videos[row]
 
     def __getitem__(self, index) -> torch.Tensor:
         rows, *times = index if isinstance(index, tuple) else (index,)
         rows, *times = torch.broadcast_tensors(torch.arange(len(self))[rows], *map(torch.as_tensor, times))
         places = zip(*(numbers.flatten().tolist() for numbers in (rows, *times)))
-        found = [self.video(row)[time] if time else self.video(row) for row, *time in places]
+        found = [self._video(row)[time] if time else self._video(row) for row, *time in places]
         shape = *rows.shape, *self.shape[1 + len(times):]
         return torch.stack(found).view(shape) if found else torch.empty(shape, dtype=torch.uint8)
 

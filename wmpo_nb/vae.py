@@ -4,10 +4,10 @@
 __all__ = ['to_pixels', 'to_frames', 'make_autoencoder', 'VAE', 'accept_diffusers_keys', 'fold_time', 'unfold_time', 'edge_loss',
            'kl_loss', 'vae_loss', 'psnr', 'frame_sampler', 'normalise_latents', 'train_vae', 'draw_disturbance',
            'disturbed_terms', 'training_terms', 'save_vae', 'load_vae', 'load_diffusers', 'save_diffusers',
-           'reconstruct_batch', 'main']
+           'reconstruct_batch', 'reconstruct_shards', 'main']
 
 # %% ../nbs/06_vae.ipynb #d5a233d8
-import json, sys
+import json, shutil, sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from .presets import UserError, VAEConfig, VAETrainConfig
 from .run import (
     EMA, atomic_write, command, config_of, fast_precision, is_main, load_into, make_optimizer, open_run, parse_preset, prepare,
     preset_parser, progress, save_tensors, save_weights, start_processes, train_step)
-from .trajectory import TrajectoryBatch, read_shards
+from .trajectory import TrajectoryBatch, read_shards, write_shard
 
 # %% ../nbs/06_vae.ipynb #15819d6d
 def to_pixels(frames: torch.Tensor) -> torch.Tensor:
@@ -280,6 +280,20 @@ def reconstruct_batch(vae: VAE, batch: TrajectoryBatch) -> TrajectoryBatch:
     with fast_precision(device):
         for i in progress(range(len(batch)), "reconstruct"): frames[i] = vae.reconstruct(batch.frames[i:i + 1].to(device))[0].cpu()
     return replace(batch, frames=frames)
+
+# %% ../nbs/06_vae.ipynb #572567f3
+def reconstruct_shards(vae: VAE, batch: TrajectoryBatch, folder) -> TrajectoryBatch:
+    """As `reconstruct_batch`, by way of tar files in `folder`, for more pictures than memory holds: each process does its share, and
+    the frames of all are `StoredFrames`. What was in `folder` is lost."""
+    folder, accelerator, device = Path(folder), start_processes(), next(vae.parameters()).device
+    if is_main(): shutil.rmtree(folder, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    with fast_precision(device):
+        for i in progress(range(accelerator.process_index, len(batch), accelerator.num_processes), "reconstruct"):
+            seen = vae.reconstruct(batch.frames[i:i + 1].to(device)).cpu()
+            write_shard(folder / f"{i:06d}.tar", replace(batch[i:i + 1], frames=seen))
+    accelerator.wait_for_everyone()
+    return read_shards(folder, stored=True)
 
 # %% ../nbs/06_vae.ipynb #082928e5
 @command
