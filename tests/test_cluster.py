@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import cluster_work
@@ -12,6 +13,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from torch import nn
 
+from wmpo_nb.demo import SHIPPED
 from wmpo_nb.presets import UserError, WorldModelTrainConfig, load_preset
 from wmpo_nb.run import (Checkpointer, Diverged, Run, Stopped, check_finite, heed_sigterm, make_optimizer, parse_preset, prepare,
                          preset_parser, read_metrics, start_processes, train_step)
@@ -278,3 +280,15 @@ def test_sigterm_ends_a_command_with_zero_and_resume_goes_on(parts, tmp_path):
     assert (tmp_path / "run/policy/model.safetensors").exists() and 0 < step < soak.STAGES["sft"]["sft.steps"]
     steps = [entry["step"] for entry in read_metrics(tmp_path / "run")]
     assert steps == sorted(set(steps)), "an entry twice"
+
+
+def test_sigterm_to_the_simulators_too_is_no_crash(tmp_path):
+    "As Slurm, `timeout` and many shells send it: to the whole group, so that the workers are gone before the command looks."
+    words = [sys.executable, "-c", "from wmpo_nb.collect import main; raise SystemExit(main())", "--policy", str(SHIPPED / "policy_lift"), "--workers", "2",
+             "--collect.trajectories", "96", "--output", str(tmp_path / "run")]
+    process = subprocess.Popen(words, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while process.poll() is None and not list((tmp_path / "run").glob("data/*/*.tar")): time.sleep(0.05)
+    assert process.poll() is None, "over before the signal"
+    os.killpg(process.pid, signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0 and "told to stop" in said and "Traceback" not in said, said[-2000:]

@@ -103,7 +103,7 @@ def test_a_run_does_not_go_on_with_other_weights(runs, capsys):
     shutil.copytree(SHIPPED, runs[0] / "weights")
     shutil.copy(runs[0] / "whole/world_model.safetensors", runs[0] / "weights")
     arguments = (*TINY, "--weights", str(runs[0] / "weights"), "--output", str(runs[0] / "whole"), "--resume")
-    assert "other weights (world_model.safetensors)" in message(capsys, *arguments)
+    assert "other files (world_model.safetensors)" in message(capsys, *arguments)
 
 
 def test_test_states_are_new(runs):

@@ -15,13 +15,14 @@ from helpers import refusal
 from wmpo_nb import simulator as simulator_room
 from wmpo_nb.demo import SHIPPED, Parts, weight_digests
 from wmpo_nb.evaluation import evaluate
-from wmpo_nb.experiments import (ABLATIONS, EXPERIMENTS, KINDS, BranchedDream, Cell, Job, artefact, branch_points, cells_of, changed_fields, disturb,
-                                 displaced, failed_grasps, is_finished, job_name, main, matching_demo, only, plan, read_json, result_of, run_jobs,
+from wmpo_nb.experiments import (ABLATIONS, EXPERIMENTS, KINDS, BranchedDream, Cell, Job, artefact, branch_points, cells_of, changed_fields,
+                                 check_alike, collate, displaced, disturb, failed_grasps, is_finished, job_name, main, matching_demo, only, open_lock, plan, read_json, result_of, run_jobs,
                                  same_preset, vary, watch_trial, write_json)
 from wmpo_nb.presets import PRESETS, UserError, load_preset, override, seeds_for
 from wmpo_nb.results import PAGES
 from wmpo_nb.simulator import Simulator
 from wmpo_nb.trajectory import InitialState, Streams, TrajectoryBatch
+from wmpo_nb.world_model import action_inputs
 
 PRESET = load_preset("tiny_lift")
 
@@ -111,7 +112,7 @@ def test_a_cell_from_other_weights_is_refused(tmp_path):
         write_json(tmp_path / job.name / "cell.json", {})
         if job.name != "old": Cell(job, tmp_path, weights, tmp_path / "cache").run.close()
     assert is_finished(tmp_path, jobs[0], weights) and is_finished(tmp_path, jobs[1], weights)
-    with pytest.raises(UserError, match="other weights"): is_finished(tmp_path, jobs[2], weights)          # nobody noted which
+    with pytest.raises(UserError, match="does not say"): is_finished(tmp_path, jobs[2], weights)           # nobody noted which
     (weights / "world_model.safetensors").write_bytes(b"second")
     assert is_finished(tmp_path, jobs[1], weights)                                                         # it never dreamt
     with pytest.raises(UserError, match="other weights"): run_jobs(tmp_path, jobs[:2], None, 1, weights)
@@ -119,17 +120,43 @@ def test_a_cell_from_other_weights_is_refused(tmp_path):
     with pytest.raises(UserError, match="other weights"): is_finished(tmp_path, jobs[1], weights)
 
 
-def test_interrupting_ends_the_processes(tmp_path):
+def test_cells_of_different_weights_or_settings_share_no_page(tmp_path):
+    def add(seed, experiment="table1", weights="aaaa", **fields):
+        name = job_name(experiment, PRESET, seed, "wmpo")
+        preset = override(PRESET, *next(iter(fields.items()))) if fields else PRESET
+        write_json(tmp_path / name / "cell.json", {"experiment": experiment, "seed": seed})
+        write_json(tmp_path / name / "config.json", {"preset": preset.to_dict()})
+        write_json(tmp_path / name / "weights.json", {"world_model.safetensors": weights})
+        return tmp_path / name / "cell.json"
+    add(0), add(1, "ablations", **{"grpo.groups": "4"}), add(2, **{"collect.trajectories": "512"})
+    check_alike(tmp_path, "ablations")                                         # what is varied may vary
+    for wrong, complaint in ((dict(weights="bbbb"), "the weights world_model"), ({"grpo.iterations": "2"}, "--grpo.iterations")):
+        cell = add(3, **wrong)
+        for experiment in ("table1", "ablations"):
+            with pytest.raises(UserError, match=complaint): collate(tmp_path, experiment, tmp_path / "results")
+        cell.unlink()
+    check_alike(tmp_path, "table1")
+
+
+def test_a_cell_is_filled_by_one_process_at_a_time(tmp_path):
+    held = open_lock(tmp_path / "cell")
+    with pytest.raises(UserError, match="another process"): open_lock(tmp_path / "cell")
+    held.close()
+    open_lock(tmp_path / "cell").close()
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_interrupting_ends_the_processes(tmp_path, how):
     code = (f"from wmpo_nb.experiments import Job, run_jobs\nimport sys\nfrom wmpo_nb.presets import load_preset\n"
             f"job = Job('slow', 'x', load_preset('tiny_lift'), 0)\n"
             f"start = lambda job: [sys.executable, '-S', '-c', 'import os, time; open(r\"{tmp_path}/pid\", \"w\").write(str(os.getpid())); time.sleep(600)']\n"
-            f"run_jobs(r'{tmp_path}', [job], start, 1)")
+            f"from wmpo_nb.run import heed_sigterm\nwith heed_sigterm(): run_jobs(r'{tmp_path}', [job], start, 1)")
     # a shell in the background hands SIGINT down as ignored
     parent = subprocess.Popen([sys.executable, "-c", "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" + code],
                               stderr=subprocess.DEVNULL)
     while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()): time.sleep(0.05)
     child = int((tmp_path / "pid").read_text())
-    parent.send_signal(signal.SIGINT)
+    parent.send_signal(how)
     parent.wait(60)
     with pytest.raises(ProcessLookupError): os.kill(child, 0)
 
@@ -137,6 +164,7 @@ def test_interrupting_ends_the_processes(tmp_path):
 def test_presets_are_recognised_though_fields_are_added():
     recorded = PRESET.to_dict()
     del recorded["grpo"]["clip_low"]                                  # as if an older version had not known it
+    assert all(same_preset(load_preset(name).to_dict(), load_preset(name)) for name in PRESETS)
     assert same_preset(recorded, PRESET) and not same_preset(recorded, override(PRESET, "grpo.clip_low", "0.1"))
     assert same_preset(recorded, override(PRESET, "grpo.iterations", "1"), ("task", "evaluation"))
     longer = override(PRESET, "pretraining.steps", "7")               # made the weights that a cell is given, and is nothing to the cell
@@ -196,7 +224,9 @@ def test_branches_begin_where_the_trial_was(monkeypatch):
     length, none = torch.tensor([16, 8]), torch.zeros(2, 2, 0)
     batch = TrajectoryBatch(frames, torch.zeros(2, 16, 7), none, none, torch.zeros(2, dtype=torch.bool), length, length, torch.tensor([70, 71]),
                             torch.zeros(2, dtype=torch.long))
-    states, contexts = branch_points(batch)
+    batch.actions[:] = torch.arange(16.0)[:, None]
+    states, contexts, acted = branch_points(batch)
+    assert [len(acted[s.state_id]) for s in states] == [0, 8, 0] and torch.equal(acted[70008], batch.actions[0, :8])
     assert [s.state_id for s in states] == [70000, 70008, 71000]              # the second trial was over after eight steps
     assert [int(s.frame[0, 0, 0]) for s in states] == [0, 8, 17]
     assert contexts[70008][:, 0, 0, 0].tolist() == [5, 6, 7, 8] and contexts[71000][:, 0, 0, 0].tolist() == [17] * 4
@@ -246,10 +276,16 @@ def test_a_branched_dream_starts_from_real_context():
     parts = Parts(SHIPPED, PRESET)
     torch.manual_seed(0)
     film = torch.randint(0, 256, (1, 4, 64, 64, 3), dtype=torch.uint8)
-    dream = BranchedDream(parts.world_model(), parts.vae, parts.classifier(), parts.stats, {5: film[0]})
-    state = InitialState(5, film[0, -1])
-    assert torch.equal(dream.reset([state], Streams(0, [5], [0]))[0], film[0, -1])
-    with torch.no_grad(): assert torch.allclose(dream.context, parts.vae.encode(film).float(), atol=0.05)
+    dream = BranchedDream(parts.world_model(), parts.vae, parts.classifier(), parts.stats, {5: film[0], 6: film[0]}, {5: torch.rand(16, 7), 6: torch.zeros(0, 7)})
+    states = [InitialState(5, film[0, -1]), InitialState(6, film[0, -1])]
+    assert torch.equal(dream.reset(states, Streams(0, [5, 6], [0, 0]))[0], film[0, -1])
+    with torch.no_grad(): assert torch.allclose(dream.context[:1], parts.vae.encode(film).float(), atol=0.05)
+    dream.acted = torch.rand(2, 8, 7)                                          # as if they had acted once
+    told, history = dream.told(torch.tensor([0, 1]), 8), PRESET.world_model.action_history
+    whole = torch.cat([dream.known[5], dream.acted[0]])[None]
+    assert torch.equal(told[0], action_inputs(parts.stats.normalize(whole), history)[0, 16:])
+    assert torch.equal(told[1], action_inputs(parts.stats.normalize(dream.acted[1:]), history)[0])
+    assert (8 * told[:, :, -1]).round().tolist() == [[*range(17, 25)], [*range(1, 9)]]      # steps since the beginning of the trial
 
 
 # eight short trials of a policy that may never succeed: the cells that need a success may fail, and must say why

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from wmpo_nb.policy import (OpenVLAOFT, action_ids, detokenize_actions, encode_prompt, policy_images, sample_tokens,
+from wmpo_nb.policy import (OpenVLAOFT, action_ids, detokenize_actions, encode_prompt, load_policy, policy_images, sample_tokens,
                             tokenize_actions)
 from wmpo_nb.presets import PolicyConfig, SFTConfig, UserError, load_preset
 from wmpo_nb.run import Checkpointer
@@ -30,6 +30,16 @@ def policy():
 
 def some_frames(count, seed=0):
     return torch.randint(0, 256, (count, 32, 32, 3), generator=torch.Generator().manual_seed(seed)).byte()
+
+
+def test_a_policy_saved_with_other_bins_is_refused(policy, tmp_path):
+    "Neither bins nor the crop change a shape: decoded with others, every action would be wrong without a word."
+    policy.save_pretrained(tmp_path)
+    fits = replace(load_preset("tiny_lift"), policy=CONFIG)
+    assert load_policy(tmp_path, fits).config == CONFIG
+    for name, other in (("bins", 32), ("center_crop", 0.9)):
+        with pytest.raises(UserError, match=f"add --policy.{name} {getattr(CONFIG, name)}$"):
+            load_policy(tmp_path, replace(fits, policy=replace(CONFIG, **{name: other})))
 
 
 # --- tokens ------------------------------------------------------------------------------------------------------

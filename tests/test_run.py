@@ -12,7 +12,7 @@ from torch import nn
 
 from wmpo_nb.presets import UserError, WorldModelTrainConfig, load_preset
 from wmpo_nb.run import (EMA, Checkpointer, Ledger, Optimizers, Run, atomic_write, command, is_block_matrix,
-                         learning_rate_at, load_into, load_metrics, load_weights, make_optimizer, parse_preset,
+                         learning_rate_at, load_into, load_metrics, load_weights, make_optimizer, open_run, parse_preset,
                          preset_parser, read_metrics, save_weights)
 
 TRAIN = """
@@ -139,6 +139,12 @@ def test_checkpoints_are_complete_or_absent(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_the_newest_checkpoint_is_the_one_with_most_steps(tmp_path):
+    checkpointer = Checkpointer(tmp_path, every=1, keep=2).register(layer=nn.Linear(2, 2))
+    for step in (998_000, 999_000, 1_000_000, 1_001_000): checkpointer.save(step)
+    assert [path.name for path in checkpointer.saved()] == ["step_1000000", "step_1001000"] and checkpointer.restore() == 1_001_000
+
+
 def test_a_checkpoint_of_something_else_is_the_users_error(tmp_path):
     Checkpointer(tmp_path, every=1).register(layer=nn.Linear(2, 2)).save(1)
     with pytest.raises(UserError, match="does not fit 'layer'"):
@@ -236,9 +242,37 @@ def test_a_run_goes_on_with_the_weights_it_began_with(tmp_path):
     run, began = Run(tmp_path / "run", load_preset("tiny_lift"), "wmpo-demo"), {"vae": "5e1f", "world_model": "00aa"}
     run.start_from(began)
     run.start_from(began)
-    with pytest.raises(UserError, match=r"other weights \(world_model\)"): run.start_from(began | {"world_model": "00ab"})
-    with pytest.raises(UserError, match=r"other weights \(reward\)"): run.start_from(began | {"reward": "77"})
+    with pytest.raises(UserError, match=r"other files \(world_model\)"): run.start_from(began | {"world_model": "00ab"})
+    with pytest.raises(UserError, match=r"other files \(reward\)"): run.start_from(began | {"reward": "77"})
     assert json.loads((tmp_path / "run/weights.json").read_text()) == began
+
+
+def test_a_command_goes_on_with_the_files_it_began_with(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(bytes(3 * 2**20) + name.encode())
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy/model.safetensors").write_bytes((tmp_path / "a/model.safetensors").read_bytes())
+    def start(*words):
+        parser = preset_parser("wmpo-x", "", "")
+        for name in ("--policy", "--world-model"): parser.add_argument(name)
+        args, preset = parse_preset(parser, ["--output", str(tmp_path / "run"), *words])
+        open_run(args, preset, "wmpo-x", ("policy", "world_model")).close()
+    start("--policy", str(tmp_path / "a"))
+    start("--policy", str(tmp_path / "copy"), "--resume")                       # elsewhere, and the same
+    with pytest.raises(UserError, match=r"other files \(--policy\)"): start("--policy", str(tmp_path / "b"), "--resume")
+    with pytest.raises(UserError, match=r"other files \(--world-model\)"):
+        start("--policy", str(tmp_path / "a"), "--world-model", str(tmp_path / "b"), "--resume")
+
+
+def test_a_run_older_than_a_field_of_its_preset_goes_on(tmp_path):
+    preset = load_preset("coffee_128")
+    Run(tmp_path, preset, "wmpo-train").close()
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert preset.grpo.validate_every != load_preset("tiny_lift").grpo.validate_every
+    del config["preset"]["grpo"]["validate_every"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    Run(tmp_path, preset, "wmpo-train", resume=True).close()
 
 
 def test_an_interrupted_stage_is_not_booked(tmp_path):

@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
+from wmpo_nb import dream as dream_room
 from wmpo_nb.alignment import LatentWindows, load_world_model, make_world_model, save_world_model
 from wmpo_nb.demo import SHIPPED, Parts
 from wmpo_nb.dream import Dream
@@ -94,6 +95,16 @@ def test_verdict_while_dreaming_is_the_verdict_afterwards(parts, dream, states):
         dream.classifier.config = type(dream.classifier.config)(**{**vars(dream.classifier.config), "threshold": threshold})
     assert torch.equal(success, batch.success)
     assert torch.equal(finish[success], batch.finish_step[success])
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_only_the_very_last_clip_may_not_count(parts, dream, states, monkeypatch, counts):
+    "Upstream ignores the clip that ends with the video, not those that end with an earlier chunk."
+    monkeypatch.setattr(dream.classifier, "config", replace(dream.classifier.config, threshold=0.5, last_clip_counts=counts))
+    for at in (16, 32):
+        monkeypatch.setattr(dream_room, "trajectory_scores", lambda classifier, frames, length, ends: (ends == at + 1).float().expand(len(frames), -1))
+        batch = rollout(parts.base, dream, states, chunks=4)
+        assert batch.success.tolist() == [counts or at == 16] * len(states) and batch.finish_step.tolist() == [at] * len(states)
 
 
 def test_a_finished_dream_is_not_continued(dream, states):

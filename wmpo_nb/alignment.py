@@ -152,6 +152,8 @@ def load_world_model(path, config: WorldModelConfig | None = None, preset: Prese
     stdit, trained = STDiT(config_of(path, STDiTConfig, "stdit")), config_of(path, WorldModelConfig, "world_model")
     if config and config.action_history != trained.action_history:
         raise UserError(f"{path} was trained with world_model.action_history {trained.action_history}, not {config.action_history}")
+    if config and preset and stdit.config.context_timestep != preset.stdit.context_timestep:
+        raise UserError(f"{path} was trained with stdit.context_timestep {stdit.config.context_timestep:g}, not {preset.stdit.context_timestep:g}: choose its --preset")
     world_model = WorldModel(config or trained, stdit)
     load_into(world_model, path)
     return world_model.eval()
@@ -224,8 +226,8 @@ def main(argv=None):
     vae, stats = load_vae(args.vae).to(start_processes().device), load_stats(args.stats, stats_entry(args.stats, preset))
     batch = read_shards(args.data[0], stored=True)
     torch.manual_seed(args.seed)
-    world_model = load_world_model(args.align, preset=preset, dtype=torch.float32) if args.align else make_world_model(preset)
-    run = open_run(args, preset, "wmpo-train-world-model")
+    world_model = load_world_model(args.align, preset.world_model, preset, torch.float32) if args.align else make_world_model(preset)
+    run = open_run(args, preset, "wmpo-train-world-model", ("data", "vae", "stats", "align"))
     with run.stage(stage):
         windows = encode_windows(vae, batch, stats, preset.world_model)
         align(world_model, windows, config, seed=args.seed, log=lambda step, **numbers: run.log(stage, step, **numbers),

@@ -290,7 +290,7 @@ def _dpo_command(run: Run, load, args) -> dict:
     "The P trajectories from the cache or the simulator, then DPO."
     device = start_processes().device
     with run.stage("collect"):
-        batch = collect(load().to(device), run.preset, args.cache, seed=run.seed, workers=args.workers)
+        batch = collect(load().to(device), run.preset, args.cache, seed=run.seed, workers=args.workers, stored=True)
         # set, not added: a resumed run counts the shards it finds
         run.ledger.real_trajectories, run.ledger.simulator_steps = len(batch), int(batch.length.sum())
     return run_dpo(run, load, batch, rates=args.rates, beta=args.beta, epochs=args.epochs, selection=args.selection, workers=args.workers)
@@ -310,10 +310,13 @@ def main(argv=None):
     args, preset = parse_preset(_parser(), argv, can_shard=True)
     if args.epochs < 1 or args.beta <= 0: raise UserError(f"--epochs and --beta must be positive, not {args.epochs} and {args.beta}")
     if min(args.rates) <= 0 or len(set(args.rates)) < len(args.rates): raise UserError(f"--rates must be positive and different: {args.rates}")
+    if args.accumulate: raise UserError("practice has no --accumulate: --grpo.micro_batch says how many trajectories a pass takes")
+    if args.selection < 1: raise UserError(f"--selection must be at least 1, not {args.selection}")
     if preset.collect.trajectories < preset.grpo.group_size:
         raise UserError(f"a budget of {preset.collect.trajectories} trials is less than one group of {preset.grpo.group_size}")
+    seeds_for("selection", args.selection, args.seed)                  # refuses a number there are no states for
     load = policy_loader(args.policy, preset)
-    run = open_run(args, preset, " ".join(["wmpo-baseline", args.method, *_settings(args)]))
+    run = open_run(args, preset, " ".join(["wmpo-baseline", args.method, *_settings(args)]), ("policy",))
     variants = ("large", "small") if args.variant == "both" else (args.variant,)
     if args.method == "dpo": found = _dpo_command(run, load, args)
     else: found = run_grpo(run, load, variants=variants, selection=args.selection, workers=args.workers)

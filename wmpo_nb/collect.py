@@ -29,9 +29,10 @@ def _fingerprint(policy: OpenVLAOFT, preset: Preset, seed: int, use: str) -> str
 
 # %% ../nbs/18_collect.ipynb #da86cf7b
 def collect(policy: OpenVLAOFT, preset: Preset, cache: Path, *, use: str = "collection", count: int | None = None, seed: int = 0,
-            workers: int | None = None, first: int = 0) -> TrajectoryBatch:
+            workers: int | None = None, first: int = 0, stored: bool = False) -> TrajectoryBatch:
     """`count` real trajectories of `policy` from the states of seed range `use`, beginning with the `first`, sampled; shards already
-    in `cache` are not collected again. Several processes, who must see the same `cache`, take every so-manieth shard."""
+    in `cache` are not collected again. If `stored`, their frames stay there (`StoredFrames`). Several processes, who must see the
+    same `cache`, take every so-manieth shard."""
     folder = Path(cache) / _fingerprint(policy, preset, seed, use)
     paths = {folder / f"{group[0]}_{len(group)}.tar": group
              for group in batched(seeds_for(use, first + (count or preset.collect.trajectories), seed)[first:], 32)}
@@ -46,7 +47,7 @@ def collect(policy: OpenVLAOFT, preset: Preset, cache: Path, *, use: str = "coll
                     write_shard(path, rollout(policy, simulator, states, chunks=preset.task.chunks,
                                               temperature=preset.collect.temperature, seed=seed))
     wait_for_all()
-    return TrajectoryBatch.cat([read_shards(path) for path in paths])
+    return read_shards(list(paths), stored)
 
 # %% ../nbs/18_collect.ipynb #832c8cc2
 @command
@@ -60,9 +61,9 @@ def main(argv=None):
     parser.add_argument("--workers", type=int, metavar="N", help="simulator processes (default: one per core, at most 8)")
     args, preset = parse_preset(parser, argv)
     policy = load_policy(args.policy, preset, args.stats).to(start_processes().device)
-    run = open_run(args, preset, "wmpo-collect")
+    run = open_run(args, preset, "wmpo-collect", ("policy", "stats"))
     with run.stage("collect"):
-        batch = collect(policy, preset, run.folder / "data", seed=args.seed, workers=args.workers)
+        batch = collect(policy, preset, run.folder / "data", seed=args.seed, workers=args.workers, stored=True)
         # set, not added: a resumed run counts the shards it finds
         run.ledger.real_trajectories, run.ledger.simulator_steps = len(batch), int(batch.length.sum())
     if is_main(): print(f"{int(batch.success.sum())} of {len(batch)} trajectories succeed; written to {run.folder / 'data'}")

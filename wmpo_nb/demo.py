@@ -152,7 +152,8 @@ def run_rounds(run: Run, parts: Parts, cache: Path, workers: int | None = None, 
 def practice_log(folder: Path) -> list[dict]:
     "What was logged of each iteration of practice, all rounds in order: `round` counts from 1, `step` runs through."
     found, begun = [], 0
-    for number, part in enumerate([*sorted(Path(folder).glob("round*")), Path(folder)], 1):
+    rounds = sorted(Path(folder).glob("round*"), key=lambda part: int(part.name.removeprefix("round")))
+    for number, part in enumerate([*rounds, Path(folder)], 1):
         entries = [e for e in read_metrics(part) if e["stage"] == "grpo"]
         found += [e | {"round": number, "step": begun + e["step"]} for e in entries if e["success"] is not None]
         begun += len(entries)

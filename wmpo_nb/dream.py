@@ -4,6 +4,8 @@
 __all__ = ['Dream']
 
 # %% ../nbs/12_dream.ipynb #64cb8bee
+from dataclasses import replace
+
 import torch
 
 # %% ../nbs/12_dream.ipynb #9204da0b
@@ -40,10 +42,15 @@ def reset(self: Dream, states: list[InitialState], streams: Streams) -> torch.Te
 
 # %% ../nbs/12_dream.ipynb #5d62fb18
 @patch
+def told(self: Dream, running: torch.Tensor, count: int) -> torch.Tensor:
+    "What the world model is told of the last `count` actions of the dreams `running` int64 [R]: `action_inputs`, float32 [R, count, A]."
+    return action_inputs(self.stats.normalize(self.acted[running]), self.world_model.config.action_history)[:, -count:]
+
+@patch
 @torch.no_grad()
 def imagine(self: Dream, running: torch.Tensor, actions: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     "The next frames uint8 [R, K, H, W, 3] of the dreams `running` int64 [R]; moves their context forward."
-    told = action_inputs(self.stats.normalize(self.acted[running]), self.world_model.config.action_history)[:, -actions.shape[1]:]
+    told = self.told(running, actions.shape[1])
     with fast_precision(self.device):
         latents = self.world_model.imagine(self.context[running], told.to(self.device), noise.to(self.device)).float()
         frames = self.vae.decode(latents).cpu()
@@ -72,7 +79,8 @@ def _verdict(self: Dream, running: torch.Tensor, chunk: int):
     total, config = self.seen.shape[1], self.classifier.config
     ends, length = clip_ends(total, config, total - chunk + 1), torch.full((len(running),), total - 1)
     scores = trajectory_scores(self.classifier, self.seen[running], length, ends)
-    success, finish = decide(scores, ends, length, config)
+    # the last frame of a chunk is not that of the trial, which `judge` alone can tell
+    success, finish = decide(scores, ends, length, replace(config, last_clip_counts=True))
     self.finish[running[success]] = finish[success]
     if len(ends): self.score[running] = torch.maximum(self.score[running], scores.amax(1))
 
@@ -82,6 +90,7 @@ def judge(self: Dream, batch: TrajectoryBatch) -> TrajectoryBatch:
     "The classifier's verdicts, recorded while dreaming."
     chunk, steps = self.world_model.config.chunk_size, batch.actions.shape[1]
     batch.success, batch.score = self.finish > 0, self.score.clone()
+    if not self.classifier.config.last_clip_counts: batch.success &= self.finish < steps
     batch.finish_step = torch.where(batch.success, self.finish, steps)
     # the chunk in which success was seen was dreamt to its end
     batch.length = torch.where(batch.success, (self.finish + chunk - 1) // chunk * chunk, steps)

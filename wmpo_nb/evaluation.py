@@ -313,7 +313,7 @@ def main(argv=None):
     device = start_processes().device
     policies = {name: load_policy(folder, preset, args.stats).to(device) for name, folder in folders.items()}
     states = _exam_states(args, preset)
-    run = open_run(args, preset, f"wmpo-evaluate --states {args.states}" if args.states else "wmpo-evaluate")
+    run = open_run(args, preset, f"wmpo-evaluate --states {args.states}" if args.states else "wmpo-evaluate", ("policy", "baseline", "stats", "states"))
     with run.stage("evaluate"): evaluations = _evaluate_all(policies, preset, states, run.folder / "evaluations.json")
     table = success_table(evaluations)
     if not is_main(): return

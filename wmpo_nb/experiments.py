@@ -11,10 +11,10 @@ __all__ = ['MAKES_WEIGHTS', 'DREAMLESS', 'ABLATIONS', 'WMPO_CELLS', 'ALL_CELLS',
            'failed_grasps', 'recovery_film', 'make_recovery', 'make_lifelong', 'make_imitation', 'table1_jobs',
            'noise_jobs', 'agreement_jobs', 'ablation_job', 'truth_job', 'alignment_jobs', 'flow_steps_jobs',
            'ablations_jobs', 'disruptions_jobs', 'recoveries_jobs', 'lifelong_jobs', 'plan', 'only', 'cells_of',
-           'result_of', 'collate', 'cell_words', 'run_cell', 'main']
+           'result_of', 'check_alike', 'collate', 'cell_words', 'open_lock', 'run_cell', 'main']
 
 # %% ../nbs/28_experiments.ipynb #73bc2242
-import base64, fnmatch, io, json, os, shlex, subprocess, sys, time
+import base64, fcntl, fnmatch, io, json, os, shlex, subprocess, sys, time
 from argparse import SUPPRESS
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -42,13 +42,14 @@ from .policy import OpenVLAOFT
 from .presets import Preset, STDiTConfig, UserError, load_preset, override, seeds_for
 from .results import outcome, write_pages
 from .reward import clip_ends, f1_score, judge, load_reward, trajectory_scores
-from .run import (Run, atomic_write, command, config_of, fast_precision, load_into, parse_preset, preset_parser, progress)
+from .run import (Run, atomic_write, command, config_of, fast_precision, heed_sigterm, load_into, parse_preset, preset_parser, progress,
+                         stop_if_asked)
 from .simulator import Environment, Simulator, choose_gl
 from .stdit import STDiT
 from .trajectory import InitialState, TrajectoryBatch, rollout
 from .vae import reconstruct_batch
 from .wmpo import first_frames
-from .world_model import WorldModel
+from .world_model import WorldModel, action_inputs
 
 # %% ../nbs/28_experiments.ipynb #c0660492
 class Job(NamedTuple):
@@ -92,9 +93,11 @@ def same_preset(recorded: dict, preset: Preset, stages: tuple | None = None) -> 
     """Whether a recorded preset is this one, in `stages`; fields that are newer than the record count as their default.
 
     Without `stages`: in all but those that only made the weights which every cell is given."""
-    default, wanted = load_preset(recorded["name"]).to_dict(), preset.to_dict()
-    compared = stages or [stage for stage in wanted if stage not in ("name", *MAKES_WEIGHTS)]
-    return all(default[stage] | recorded.get(stage, {}) == wanted[stage] for stage in compared)
+    wanted = preset.to_dict()
+    compared = stages or [stage for stage in wanted if stage not in ("name", "source", *MAKES_WEIGHTS)]
+    return all(_filled(recorded, stage) == wanted[stage] for stage in compared)
+
+def _filled(recorded: dict, stage: str) -> dict: return load_preset(recorded["name"]).to_dict()[stage] | recorded.get(stage, {})
 
 # %% ../nbs/28_experiments.ipynb #96d29fe6
 DREAMLESS = "base", "trajectories", "grpo", "dpo"     # another world model does not make these cells old
@@ -110,10 +113,10 @@ def is_finished(root: Path, job: Job, weights: Path | None = None) -> bool:
     folder = Path(root) / job.name
     if not (folder / "cell.json").exists(): return False
     config = read_json(folder / "config.json")
-    if config and not same_preset(config["preset"], job.preset): made = "with other settings"
-    elif weights and read_json(folder / "weights.json") != given_weights(job, weights): made = "from other weights"
-    else: return True
-    raise UserError(f"{folder} was made {made}: choose another --output, or delete it")
+    if config and not same_preset(config["preset"], job.preset): fault = "was made with other settings"
+    elif not weights or (noted := read_json(folder / "weights.json")) == given_weights(job, weights): return True
+    else: fault = "was made from other weights" if noted else "does not say from which weights it was made"
+    raise UserError(f"{folder} {fault}: choose another --output, or delete it")
 
 # %% ../nbs/28_experiments.ipynb #3d6a4498
 def _started(root: Path, job: Job, start: Callable):
@@ -130,6 +133,7 @@ def run_jobs(root: Path, jobs: list[Job], start: Callable, workers: int, weights
     waiting, running, failed = [job for job in jobs if not is_finished(root, job, weights)], {}, []
     try:
         while waiting or running:
+            stop_if_asked("finished cells are kept")
             open_names = {job.name for job in waiting} | running.keys()
             for job in [job for job in waiting if set(job.needs) & set(failed)]: waiting.remove(job), failed.append(job.name)
             ready = [job for job in waiting if not set(job.needs) & open_names]
@@ -398,34 +402,41 @@ def vary(preset: Preset, changes: dict) -> tuple[Preset, dict]:
 
 # %% ../nbs/28_experiments.ipynb #043e6655
 class BranchedDream(Dream):
-    "A dream that begins inside recorded trials: `contexts[state_id]` uint8 [c, H, W, 3] are the real frames that led to its first."
-    def __init__(self, world_model, vae, classifier, stats, contexts: dict):
+    """A dream that begins inside recorded trials: `contexts[state_id]` uint8 [c, H, W, 3] are the real frames that led to its first,
+    `acted[state_id]` float32 [t, 7] all actions before it, of which the world model is told the sum."""
+    def __init__(self, world_model, vae, classifier, stats, contexts: dict, acted: dict):
         super().__init__(world_model, vae, classifier, stats)
-        self.contexts = contexts
+        self.contexts, self.known = contexts, acted
 
     def reset(self, states, streams):
         "As `Dream.reset`, with the real context in the place of a repeated first frame."
         first = Dream.reset(self, states, streams)
         frames = torch.stack([self.contexts[state.state_id] for state in states]).to(self.device)
         with torch.no_grad(), fast_precision(self.device): self.context = self.vae.encode(frames).float()
+        self.before = [self.known[state.state_id] for state in states]
         return first
 
+    def told(self, running, count):
+        "As `Dream.told`, counting from the beginning of the trial."
+        actions = [torch.cat([self.before[i], self.acted[i]])[None] for i in running.tolist()]
+        return torch.cat([action_inputs(self.stats.normalize(a), self.world_model.config.action_history)[:, -count:] for a in actions])
+
 # %% ../nbs/28_experiments.ipynb #29161816
-def branch_points(batch: TrajectoryBatch, chunk: int = 8, context: int = 4) -> tuple[list[InitialState], dict]:
-    "A start before each executed chunk of each trial, and the real frames that led to it; its state_id is 1000 id + step."
-    states, contexts = [], {}
-    for state_id, frames, length in zip(batch.state_id.tolist(), batch.frames, batch.length.tolist()):
+def branch_points(batch: TrajectoryBatch, chunk: int = 8, context: int = 4) -> tuple[list[InitialState], dict, dict]:
+    "A start before each executed chunk of each trial, and the real frames and actions that led to it; its state_id is 1000 id + step."
+    states, contexts, acted = [], {}, {}
+    for state_id, frames, actions, length in zip(batch.state_id.tolist(), batch.frames, batch.actions, batch.length.tolist()):
         for start in range(0, length - chunk + 1, chunk):
             key = 1000 * state_id + start
             states.append(InitialState(key, frames[start]))
-            contexts[key] = frames[(torch.arange(start - context + 1, start + 1)).clamp(min=0)]
-    return states, contexts
+            contexts[key], acted[key] = frames[(torch.arange(start - context + 1, start + 1)).clamp(min=0)], actions[:start]
+    return states, contexts, acted
 
 def branched(dream: Dream, batch: TrajectoryBatch) -> tuple:
     "`dream` and the states where to begin inside the trials of `batch`."
     config = dream.world_model.config
-    states, contexts = branch_points(batch, config.chunk_size, config.context_frames)
-    return BranchedDream(dream.world_model, dream.vae, dream.classifier, dream.stats, contexts), states
+    states, *known = branch_points(batch, config.chunk_size, config.context_frames)
+    return BranchedDream(dream.world_model, dream.vae, dream.classifier, dream.stats, *known), states
 
 # %% ../nbs/28_experiments.ipynb #08a67ffe
 def make_ablation(cell: Cell) -> dict:
@@ -642,6 +653,7 @@ def recoveries_jobs(preset: Preset, seed: int) -> list[Job]:
 
 # %% ../nbs/28_experiments.ipynb #f5ac7f2d
 def lifelong_jobs(preset: Preset, seed: int, rounds: int = 3) -> list[Job]:
+    seeds_for("collection", 1, seed + 10 * (rounds - 1))              # refuses a seed whose later rounds have no states
     P, jobs = preset.collect.trajectories, [Job(job_name("lifelong", preset, seed, "rounds"), "lifelong", preset, seed, {"rounds": rounds})]
     for number in range(1, rounds + 1):
         more = override(preset, "sft.demonstrations", json.dumps(preset.sft.demonstrations + P * number))
@@ -706,8 +718,25 @@ def _remember_command(root: Path, experiment: str, words: list[str]):
     if line not in known: write_json(path, [*known, line])
 
 # %% ../nbs/28_experiments.ipynb #9d069d17
+def check_alike(root: Path, experiment: str):
+    """Raise `UserError` if cells that would stand on one page were made from different weights, or those of Table 1, where nothing is
+    varied but the budget, with different settings."""
+    known = {}
+    for folder in sorted(path.parent for name in {experiment, "table1"} for path in (root / name).glob("*/P*/seed*/*/cell.json")):
+        facts = {f"the weights {name}": digest for name, digest in (read_json(folder / "weights.json") or {}).items()}
+        preset = (read_json(folder / "config.json") or {}).get("preset")
+        if preset and folder.relative_to(root).parts[0] == "table1":
+            stages = [stage for stage in load_preset(preset["name"]).to_dict() if stage not in ("name", "source", *MAKES_WEIGHTS)]
+            facts |= {f"--{stage}.{field}": value for stage in stages for field, value in _filled(preset, stage).items()}
+        facts.pop("--collect.trajectories", None)
+        for name, value in facts.items():
+            first, expected = known.setdefault((folder.relative_to(root).parts[1], name), (folder, value))
+            if value != expected: raise UserError(f"{first} and {folder} differ in {name}: not to be put into one table. Delete one, or choose another --output")
+
+
 def collate(root: Path, experiment: str, results: Path) -> Path | None:
     "Write the result file of an experiment and make all pages of the folder again; None if no cell is finished."
+    check_alike(root, experiment)
     record = result_of(root, experiment)
     if not record["cells"]: return None
     write_json(results / f"{experiment}.json", record)
@@ -724,9 +753,19 @@ def cell_words(job: Job, args) -> list[str]:
     return [*start, *place, *weights, *watched, *changed_fields(job.preset)]
 
 # %% ../nbs/28_experiments.ipynb #f7526149
+def open_lock(folder: Path):
+    "The open file `folder/lock`, locked for this process alone. Raises `UserError` if another one has it."
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / "lock", "w")
+    try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError: raise UserError(f"{folder}: another process is at work on this cell") from None
+    return file
+
+
 def run_cell(args, preset: Preset):
     "Fill one cell and write its record, last of all."
     since = time.perf_counter()
+    lock = open_lock(args.output / args.name)                   # held until the process ends
     torch.set_num_threads(1)                                    # as many cells as cores: more threads would only get in each other's way
     job = Job(args.name, args.kind, preset, args.seed, json.loads(args.options))
     cell = Cell(job, args.output, args.weights, args.cache, tuple(args.demo or ()), args.keep, args.log_with)
@@ -735,6 +774,7 @@ def run_cell(args, preset: Preset):
               "ledger": cell.run.ledger.state_dict(), "minutes": round((time.perf_counter() - since) / 60, 2)}
     cell.run.close()
     write_json(cell.folder / "cell.json", record | found)
+    lock.close()
 
 # %% ../nbs/28_experiments.ipynb #7e0e0b85
 def _parser():
@@ -762,6 +802,8 @@ def _check(args, preset: Preset):
     "What can be known to be wrong before anything is started."
     if args.jobs < 1: raise UserError(f"--jobs must be 1 or more, not {args.jobs}")
     if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0: raise UserError(f"--seeds must be different and not negative: {args.seeds}")
+    if args.seed: raise UserError(f"--seed is not for experiments, which run several: --seeds {args.seed}")
+    check_alike(args.output, args.experiment)
     for demo in args.demo or []:
         if not (demo / "record.json").exists(): raise UserError(f"{demo} is not a finished run of wmpo-demo")
     choose_gl()
@@ -785,7 +827,7 @@ def main(argv=None):
         return
     _check(args, preset)
     _remember_command(args.output, args.experiment, words)
-    failed = run_jobs(args.output, jobs, lambda job: cell_words(job, args), args.jobs, args.weights)
+    with heed_sigterm(): failed = run_jobs(args.output, jobs, lambda job: cell_words(job, args), args.jobs, args.weights)
     page = collate(args.output, args.experiment, args.results)
     if page: print(f"results: {page}")
     if failed: raise UserError(f"{len(failed)} of {len(jobs)} cells failed: {', '.join(failed)}. The same command tries them again")

@@ -8,7 +8,7 @@ __all__ = ['PIXEL_STATISTICS', 'BOS', 'PLACEHOLDER', 'STOP', 'OTHER_KINDS', 'act
            'rotary_angles', 'rotate', 'RMSNorm', 'LlamaAttention', 'LlamaMLP', 'LlamaLayer', 'Llama', 'LanguageModel',
            'encode_prompt', 'compact', 'initialize', 'OpenVLAOFT', 'token_log_probs', 'sample_tokens', 'has_adapters',
            'add_adapters', 'Adapters', 'trained_part', 'prepare_policy', 'adapters_off', 'whole_weights', 'check_kind',
-           'check_lineage', 'stats_entry', 'load_policy', 'save_policy', 'save_trained']
+           'check_lineage', 'stats_entry', 'check_config', 'load_policy', 'save_policy', 'save_trained']
 
 # %% ../nbs/04_policy.ipynb #c402f030
 import io, json, shutil
@@ -600,11 +600,22 @@ def stats_entry(path, preset: Preset) -> str | None:
     return f"{task}_d0_300_demos" if task and list(entries) != [preset.task.instruction] else None
 
 # %% ../nbs/04_policy.ipynb #9859be17
+def check_config(folder: Path, preset: Preset):
+    "Raise `UserError` if a policy of ours in `folder` was saved with another configuration: half of its fields change no shape."
+    try: record = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError): return                       # whoever reads the file says what is wrong with it
+    if "policy" not in record: return
+    own, wanted = asdict(_read_config(folder)[0]), asdict(preset.policy)
+    other = [f"--policy.{name} {value!r}" for name, value in own.items() if value != wanted[name]]
+    if other: raise UserError(f"the policy in {folder} is not of {preset.name}'s kind: add {' '.join(other)}")
+
+
 def load_policy(folder, preset: Preset, stats=None, stats_key: str | None = None, dtype=torch.float32) -> OpenVLAOFT:
     """The policy in `folder`, ours or a released one, of the preset's size and with its instruction.
 
     `stats`: a dataset_statistics.json if `folder` has none; `stats_key`: its entry, if it is not the task's. Raises `UserError`
     for another kind of policy, another transformers, a missing entry of the statistics, or wrong shapes."""
+    check_config(Path(folder), preset)
     path = stats or Path(folder) / "dataset_statistics.json"
     stats_key = stats_key or stats_entry(path, preset)
     return OpenVLAOFT.from_pretrained(folder, preset.policy, preset.task.instruction, dtype,

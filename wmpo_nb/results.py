@@ -524,7 +524,7 @@ def seeds_lines(cells: list[dict]) -> list[str]:
     seeds, few = {}, []
     # a base policy has no budget: it counts only where there is nothing else
     for c in [c for c in cells if c.get("method") != "base"] or cells:
-        seeds.setdefault(f"{c['preset']}, P = {c['P']}", {}).setdefault(METHODS.get(c.get("method"), str(c.get("method"))), set()).add(c["seed"])
+        seeds.setdefault(f"{c['preset']}, P = {c['P']}", {}).setdefault(METHODS.get(c.get("method"), "variants"), set()).add(c["seed"])
     names = {part: ", ".join(map(str, sorted(set().union(*found.values())))) for part, found in seeds.items()}
     for part, found in seeds.items():
         behind = [method for method, own in found.items() if len(own) < 3]

@@ -365,7 +365,7 @@ def main(argv=None):
     accelerator = start_processes()
     classifier = (load_reward(args.start, preset=preset) if args.start else SuccessClassifier(preset.reward)).to(accelerator.device)
     batch = read_shards(args.data, stored=True)
-    run = open_run(args, preset, "wmpo-train-reward")
+    run = open_run(args, preset, "wmpo-train-reward", ("data", "vae", "start"))
     with run.stage("reward"):
         if args.vae: batch = reconstruct_shards(load_vae(args.vae).to(accelerator.device), batch, run.folder / "seen")
         classifier = train_reward(classifier, batch, config, seed=args.seed,

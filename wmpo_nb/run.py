@@ -5,13 +5,13 @@ __all__ = ['atomic_write', 'save_weights', 'load_weights', 'config_of', 'load_me
            'load_tensors', 'save_tensors', 'float_copy', 'EMA', 'learning_rate_at', 'Optimizers', 'is_block_matrix',
            'make_optimizer', 'processes', 'shards', 'start_processes', 'sum_over_processes', 'wait_for_all', 'my_share',
            'blocks', 'place', 'is_sharded', 'gathered', 'ShardedOptimizer', 'prepare', 'sum_gradients', 'Stopped',
-           'heed_sigterm', 'asked_to_stop', 'stop', 'stop_if_asked', 'fast_precision', 'Diverged', 'check_finite',
-           'naming_checkpoint', 'clip_gradients', 'optimizer_step', 'checkpoint_blocks', 'train_step', 'is_main',
-           'Checkpointer', 'progress', 'Ledger', 'read_metrics', 'make_trackers', 'Run', 'preset_parser',
-           'parse_preset', 'open_run', 'command']
+           'heed_sigterm', 'told_to_stop', 'asked_to_stop', 'stop', 'stop_if_asked', 'fast_precision', 'Diverged',
+           'check_finite', 'naming_checkpoint', 'clip_gradients', 'optimizer_step', 'checkpoint_blocks', 'train_step',
+           'is_main', 'Checkpointer', 'progress', 'Ledger', 'read_metrics', 'make_trackers', 'Run', 'fingerprint',
+           'preset_parser', 'parse_preset', 'open_run', 'command']
 
 # %% ../nbs/01_run.ipynb #a6210534
-import argparse, dataclasses, difflib, errno, functools, io, json, math, os, pickle, random, shutil, signal, sys, textwrap, threading, time
+import argparse, dataclasses, difflib, errno, functools, hashlib, io, json, math, os, pickle, random, shutil, signal, sys, textwrap, threading, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -460,6 +460,8 @@ def heed_sigterm():
     finally: signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
 
 # %% ../nbs/01_run.ipynb #e42d1fff
+def told_to_stop() -> bool: return _STOP.is_set()
+
 def asked_to_stop() -> bool:
     "Whether any process has been told to stop. All must ask, together."
     return bool(sum_over_processes(torch.tensor(int(_STOP.is_set()))))
@@ -619,7 +621,7 @@ class Checkpointer:
 
     def saved(self) -> list[Path]:
         "Folders of the complete checkpoints, oldest first."
-        return sorted(path for path in self.folder.glob("step_*") if path.suffix != ".tmp")
+        return sorted((path for path in self.folder.glob("step_*") if path.suffix != ".tmp"), key=lambda path: int(path.name.removeprefix("step_")))
 
     def maybe_save(self, step: int):
         "Save if `step` (the number of steps done) is a multiple of `every`, or if told to stop; then raise `Stopped`."
@@ -821,7 +823,10 @@ def _completed(old: dict) -> dict:
     def fill(record, default):
         return {key: fill(record.get(key, {}), value) if isinstance(value, dict) else record.get(key, value) for key, value in default.items()} | \
                {key: value for key, value in record.items() if key not in default}
-    return old | {"preset": fill(old.get("preset", {}), Preset().to_dict())}
+    preset = old.get("preset", {})
+    try: default = load_preset(preset.get("name", "tiny_lift"))
+    except UserError: default = Preset()
+    return old | {"preset": fill(preset, default.to_dict())}
 
 # %% ../nbs/01_run.ipynb #770f201f
 def _number(value):
@@ -991,8 +996,20 @@ def start_from(self: Run, weights: dict[str, str]):
     noted = json.loads(path.read_text()) if path.exists() else weights
     self.weights = weights
     changed = [name for name in sorted(noted.keys() | weights.keys()) if noted.get(name) != weights.get(name)]
-    if changed: raise UserError(f"cannot resume {self.folder}: it started from other weights ({', '.join(changed)}). Choose another --output")
+    if changed: raise UserError(f"cannot resume {self.folder}: it started from other files ({', '.join(changed)}). Choose another --output")
     self._write("weights.json", weights)
+
+def fingerprint(path) -> str:
+    "A digest of a file, or of all files in a folder: names, sizes, the first and the last MiB of each. Fast for any size of weights."
+    root, digest = Path(path), hashlib.sha256()
+    for file in [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(root)} {size} ".encode())
+        with open(file, "rb") as content:
+            digest.update(content.read(2**20))
+            content.seek(max(0, size - 2**20))
+            digest.update(content.read())
+    return digest.hexdigest()[:16]
 
 # %% ../nbs/01_run.ipynb #4e4760b2
 def _add_cluster_options(parser):
@@ -1072,9 +1089,15 @@ def parse_preset(parser: argparse.ArgumentParser, argv: list[str] | None = None,
     return args, preset
 
 # %% ../nbs/01_run.ipynb #73ebe7a2
-def open_run(args, preset: Preset, command: str) -> Run:
-    "The `Run` of a command's arguments, as parsed by `parse_preset`."
-    return Run(args.output, preset, command, args.seed, args.resume, args.keep, args.log_with)
+def open_run(args, preset: Preset, command: str, given: tuple = ()) -> Run:
+    """The `Run` of a command's arguments, as parsed by `parse_preset`. `given`: options that name the files it starts from.
+
+    Raises `UserError` if it is resumed and they name other files."""
+    files = {f"--{name.replace('_', '-')}": getattr(args, name) for name in given}
+    prints = {name: "".join(map(fingerprint, value if isinstance(value, list) else [value])) for name, value in files.items() if value}
+    run = Run(args.output, preset, command, args.seed, args.resume, args.keep, args.log_with)
+    if given: run.start_from(prints)
+    return run
 
 # %% ../nbs/01_run.ipynb #764b7219
 # what is wrong with the user's disk is the user's to mend

@@ -65,7 +65,8 @@ def train_sft(policy: OpenVLAOFT, frames: torch.Tensor, chunks: torch.Tensor, co
 
     `log(step, **numbers)` is called every `config.log_every` steps. With a `checkpointer` it goes on where it stopped."""
     accelerator, generator = start_processes(), torch.Generator().manual_seed(seed)
-    images, tokens = policy_images(frames, policy.config), tokenize_actions(chunks, policy.config)
+    images = torch.cat([policy_images(part, policy.config) for part in frames.split(64)])       # on the way they are floats, 15 times as large
+    tokens = tokenize_actions(chunks, policy.config)
     model, optimizer = prepare_policy(accelerator, policy, config, seed)
     trained = trained_part(policy)
     ema, start = EMA(trained, config.ema), 0
@@ -105,7 +106,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     if args.start: policy = load_policy(args.start, preset, args.stats)
     else: policy = OpenVLAOFT(preset.policy, ActionStats.from_actions(executed), preset.task.instruction)
-    run = open_run(args, preset, "wmpo-sft")
+    run = open_run(args, preset, "wmpo-sft", ("data", "start", "stats"))
     frames, chunks = demonstration_windows(batch, policy.stats, chunk=preset.policy.chunk_size, labels=batch.intended)
     with run.stage("sft"):
         train_sft(policy, frames, chunks, preset.sft, seed=args.seed, log=lambda step, **numbers: run.log("sft", step, **numbers),

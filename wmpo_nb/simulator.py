@@ -8,6 +8,7 @@ __all__ = ['GL_PACKAGES', 'TASKS', 'TOWER_CUBES', 'MIMICGEN', 'choose_gl', 'Wayp
 # %% ../nbs/03_simulator.ipynb #510d8167
 import ctypes.util, importlib.util, multiprocessing, os, sys, threading
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing import connection
@@ -23,7 +24,7 @@ from fastcore.basics import patch
 
 # %% ../nbs/03_simulator.ipynb #6fa5e1f5
 from .presets import PAPER_TASKS, TaskConfig, UserError
-from .run import progress
+from .run import progress, stop, told_to_stop
 from .trajectory import InitialState, TrajectoryBatch, write_shard
 
 # %% ../nbs/03_simulator.ipynb #456a9386
@@ -505,13 +506,22 @@ class Simulator:
 
     def map(self, function: Callable, *arguments):
         "`map` over the workers, in order."
-        return map(function, *arguments) if self.pool is None else self.pool.map(function, *arguments)
+        return map(function, *arguments) if self.pool is None else self._results(self.pool.map(function, *arguments))
 
     def close(self):
         if self.pool: self.pool.shutdown(cancel_futures=True)
 
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
+
+# %% ../nbs/03_simulator.ipynb #1a9bb5cc
+@patch
+def _results(self: Simulator, found):
+    "What the workers found. When a SIGTERM to the whole group of processes has ended them, this one stops as if it had been alone."
+    try: yield from found
+    except BrokenProcessPool:
+        if told_to_stop(): stop("what was saved before is kept")
+        raise
 
 # %% ../nbs/03_simulator.ipynb #c8b1aa48
 @patch

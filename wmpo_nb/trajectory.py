@@ -319,10 +319,10 @@ def _batch_of(sample: dict) -> TrajectoryBatch:
 
 # %% ../nbs/02_trajectory.ipynb #9b5c75b9
 def read_shards(folder, stored: bool = False) -> TrajectoryBatch:
-    """All trajectories of the tar files in `folder` (or of one tar), sorted by name; if `stored`, their frames are `StoredFrames`.
-
-    Raises `UserError` when there are none or one is damaged."""
-    paths = [Path(folder)] if Path(folder).is_file() else sorted(Path(folder).glob("**/*.tar"))
+    """All trajectories of the tar files in `folder` sorted by name, of one tar, or of a list of them; if `stored`, their frames are
+    `StoredFrames`. Raises `UserError` when there are none or one is damaged."""
+    if isinstance(folder, list): paths = folder
+    else: paths = [Path(folder)] if Path(folder).is_file() else sorted(Path(folder).glob("**/*.tar"))
     if not paths: raise UserError(f"no trajectories (*.tar) in {folder}: collect some with wmpo-collect")
     batches, places = [], []
     for path in paths:

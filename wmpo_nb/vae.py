@@ -291,9 +291,9 @@ def reconstruct_shards(vae: VAE, batch: TrajectoryBatch, folder) -> TrajectoryBa
     with fast_precision(device):
         for i in progress(range(accelerator.process_index, len(batch), accelerator.num_processes), "reconstruct"):
             seen = vae.reconstruct(batch.frames[i:i + 1].to(device)).cpu()
-            write_shard(folder / f"{i:06d}.tar", replace(batch[i:i + 1], frames=seen))
+            write_shard(folder / f"{i:06d}.seen", replace(batch[i:i + 1], frames=seen))      # no .tar: never taken for trajectories
     accelerator.wait_for_everyone()
-    return read_shards(folder, stored=True)
+    return read_shards(sorted(folder.glob("*.seen")), stored=True)
 
 # %% ../nbs/06_vae.ipynb #082928e5
 @command
@@ -308,7 +308,7 @@ def main(argv=None):
         raise UserError(f"preset {preset.name} uses the released SDXL VAE: it is downloaded, not trained")
     batch = read_shards(args.data)
     frames = torch.cat([video[:length + 1] for video, length in zip(batch.frames, batch.length)])
-    run = open_run(args, preset, "wmpo-train-vae")
+    run = open_run(args, preset, "wmpo-train-vae", ("data",))
     torch.manual_seed(args.seed)
     with run.stage("vae"):
         vae = train_vae(VAE(preset.vae), frames, preset.vae_training, seed=args.seed,

@@ -454,13 +454,14 @@ def _spent(world: str, numbers: dict) -> dict:
 def main(argv=None):
     "Console script `wmpo-train`: load and check everything, run the loop, write the policy."
     args, preset = parse_preset(_parser(), argv, can_shard=True)
+    if args.accumulate: raise UserError("practice has no --accumulate: --grpo.micro_batch says how many trajectories a pass takes")
     policy = load_policy(args.policy, preset, args.stats)
     if args.world == "dream": world, states = _dream(args, preset, policy.stats)
     else:
         from wmpo_nb.simulator import Simulator
         seeds = seeds_for("collection", preset.collect.trajectories, args.seed)
         world, states = Simulator(preset.task), [InitialState(seed, None) for seed in seeds]
-    run = open_run(args, preset, f"wmpo-train --world {args.world}")
+    run = open_run(args, preset, f"wmpo-train --world {args.world}", ("policy", "stats", "world_model", "vae", "reward", "data"))
     def log(iteration, **numbers):
         spent = _spent(args.world, numbers)
         run.ledger.add(**spent)
