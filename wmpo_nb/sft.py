@@ -65,8 +65,7 @@ def train_sft(policy: OpenVLAOFT, frames: torch.Tensor, chunks: torch.Tensor, co
 
     `log(step, **numbers)` is called every `config.log_every` steps. With a `checkpointer` it goes on where it stopped."""
     accelerator, generator = start_processes(), torch.Generator().manual_seed(seed)
-    images = torch.cat([policy_images(part, policy.config) for part in frames.split(64)])       # on the way they are floats, 15 times as large
-    tokens = tokenize_actions(chunks, policy.config)
+    images = torch.cat([policy_images(part, policy.config) for part in frames.split(64)])     # in parts: on the way they are floats
     model, optimizer = prepare_policy(accelerator, policy, config, seed)
     trained = trained_part(policy)
     ema, start = EMA(trained, config.ema), 0
@@ -77,7 +76,7 @@ def train_sft(policy: OpenVLAOFT, frames: torch.Tensor, chunks: torch.Tensor, co
         return {"loss": imitation_loss(logits, tokens.to(logits.device), targets, action_ids(policy.config).start)}
     for step in progress(config.steps, "sft", start):
         chosen = torch.randint(len(images), (config.batch_size,), generator=generator)
-        batch = shift_images(images[chosen], config.image_shift, generator), tokens[chosen]
+        batch = shift_images(images[chosen], config.image_shift, generator), tokenize_actions(chunks[chosen], policy.config)
         terms = train_step(accelerator, loss_of, batch, model, optimizer, step, config, checkpointer)
         ema.update(trained)
         if log and step % config.log_every == 0: log(step, **terms)
