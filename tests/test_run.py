@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from wmpo_nb.presets import UserError, WorldModelTrainConfig, load_preset
-from wmpo_nb.run import (EMA, Checkpointer, Ledger, Optimizers, Run, atomic_write, command, is_block_matrix,
+from wmpo_nb.run import (EMA, Checkpointer, Ledger, Optimizers, Run, atomic_write, command, fingerprint, is_block_matrix,
                          learning_rate_at, load_into, load_metrics, load_weights, make_optimizer, open_run, parse_preset,
                          preset_parser, read_metrics, save_weights)
 
@@ -263,6 +263,16 @@ def test_a_command_goes_on_with_the_files_it_began_with(tmp_path):
     with pytest.raises(UserError, match=r"other files \(--policy\)"): start("--policy", str(tmp_path / "b"), "--resume")
     with pytest.raises(UserError, match=r"other files \(--world-model\)"):
         start("--policy", str(tmp_path / "a"), "--world-model", str(tmp_path / "b"), "--resume")
+
+
+def test_only_trajectories_of_a_folder_of_them_count(tmp_path):
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part/0.tar").write_bytes(b"trials")
+    before = fingerprint(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("written by the run")
+    assert fingerprint(tmp_path) == before
+    (tmp_path / "1.tar").write_bytes(b"more")
+    assert fingerprint(tmp_path) != before
 
 
 def test_a_run_older_than_a_field_of_its_preset_goes_on(tmp_path):

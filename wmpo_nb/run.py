@@ -1000,9 +1000,12 @@ def start_from(self: Run, weights: dict[str, str]):
     self._write("weights.json", weights)
 
 def fingerprint(path) -> str:
-    "A digest of a file, or of all files in a folder: names, sizes, the first and the last MiB of each. Fast for any size of weights."
+    """A digest of a file, or of a folder's files: names, sizes, the first and the last MiB of each. Fast for any size of weights.
+
+    Of a folder that holds trajectories or pictures only these count: a run may write its own files beside them."""
     root, digest = Path(path), hashlib.sha256()
-    for file in [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file()):
+    files = [root] if root.is_file() else sorted(file for file in root.rglob("*") if file.is_file())
+    for file in [file for file in files if file.suffix in (".tar", ".png")] or files:
         size = file.stat().st_size
         digest.update(f"{file.relative_to(root)} {size} ".encode())
         with open(file, "rb") as content:
