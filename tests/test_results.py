@@ -9,7 +9,7 @@ import torch
 
 from wmpo_nb.evaluation import (Evaluation, calibration, chunk_psnr, departures, spearman, ssim, ssim_by_frame, verdict_flips, wilson)
 from wmpo_nb.presets import UserError
-from wmpo_nb.results import (_in_order, PAGES, PAPER_TABLE1, best_baseline, checkpoint_correlation, compare, holm, outcome, page_markdown, paper_table1,
+from wmpo_nb.results import (_in_order, PAGES, PAPER_TABLE1, best_baseline, checkpoint_correlation, compare, holm, lifelong_comparisons, outcome, page_markdown, paper_table1,
                              pooled_rate, read_result, recoveries_markdown, relative_steps, seeds_lines, select, table1_comparisons, table1_rows, truth_row,
                              variants_text, verdicts, write_pages)
 from wmpo_nb.trajectory import TrajectoryBatch
@@ -221,3 +221,12 @@ def test_the_pages_are_those_of_the_recorded_results():
 def test_variants_are_listed_as_people_count():
     assert _in_order(["10 flow steps", "2 flow steps", "1 flow steps", "2 flow steps"]) == ["1 flow steps", "2 flow steps", "10 flow steps"]
     assert _in_order([("group size", "16"), ("group size", "4"), ("alignment", "off")]) == [("alignment", "off"), ("group size", "4"), ("group size", "16")]
+
+
+def test_rounds_are_compared_with_the_one_before_and_with_imitation():
+    cells = [c for c in json.loads((Path(__file__).parent.parent / "results/lifelong.json").read_text())["cells"] if c["round"] < 3]
+    found = lifelong_comparisons(cells)
+    assert [name.split("WMPO after ")[1] for name in found] == ["round 1 against round 0", "round 1 against imitation", "round 2 against round 1",
+                                                                "round 2 against imitation"]
+    count = lambda method, number: sum(map(int, next(c for c in cells if (c["method"], c["round"]) == (method, number))["outcome"]["success"]))
+    assert list(found.values())[3]["difference"][0] == pytest.approx((count("wmpo", 2) - count("imitation", 2)) / 512)

@@ -794,6 +794,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'wmpo_nb.results.gained_figure': ('results.html#gained_figure', 'wmpo_nb/results.py'),
                                  'wmpo_nb.results.gained_markdown': ('results.html#gained_markdown', 'wmpo_nb/results.py'),
                                  'wmpo_nb.results.holm': ('results.html#holm', 'wmpo_nb/results.py'),
+                                 'wmpo_nb.results.lifelong_comparisons': ('results.html#lifelong_comparisons', 'wmpo_nb/results.py'),
                                  'wmpo_nb.results.lifelong_figure': ('results.html#lifelong_figure', 'wmpo_nb/results.py'),
                                  'wmpo_nb.results.lifelong_markdown': ('results.html#lifelong_markdown', 'wmpo_nb/results.py'),
                                  'wmpo_nb.results.markdown_table': ('results.html#markdown_table', 'wmpo_nb/results.py'),

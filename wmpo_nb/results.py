@@ -5,10 +5,11 @@ __all__ = ['METHODS', 'TABLE1_HEAD', 'PAPER_TASK_NAMES', 'PAPER_TABLE1', 'PAPER_
            'BOUNDS', 'outcome', 'successes', 'rate_text', 'markdown_table', 'select', 'compare', 'pooled_rate',
            'relative_steps', 'base_of', 'best_baseline', 'difference_text', 'table1_rows', 'holm', 'verdicts',
            'table1_comparisons', 'paper_table1', 'noise_markdown', 'truth_row', 'truth_markdown', 'gained_comparisons',
-           'gained_markdown', 'disruptions_markdown', 'recoveries_markdown', 'lifelong_markdown',
-           'checkpoint_correlation', 'agreement_markdown', 'table1_figure', 'noise_figure', 'gained_figure',
-           'truth_figure', 'agreement_figure', 'disruptions_figure', 'lifelong_figure', 'variants_text',
-           'table1_markdown', 'dreams_and_gains', 'seeds_lines', 'page_markdown', 'read_result', 'write_pages']
+           'gained_markdown', 'disruptions_markdown', 'recoveries_markdown', 'lifelong_comparisons',
+           'lifelong_markdown', 'checkpoint_correlation', 'agreement_markdown', 'table1_figure', 'noise_figure',
+           'gained_figure', 'truth_figure', 'agreement_figure', 'disruptions_figure', 'lifelong_figure',
+           'variants_text', 'table1_markdown', 'dreams_and_gains', 'seeds_lines', 'page_markdown', 'read_result',
+           'write_pages']
 
 # %% ../nbs/26_results.ipynb #59b6b44a
 import base64, json, math, re
@@ -308,6 +309,18 @@ def recoveries_markdown(cells: list[dict]) -> str:
     return "\n".join([*lines, ""])
 
 # %% ../nbs/26_results.ipynb #96a60eae
+def lifelong_comparisons(cells: list[dict]) -> dict[str, dict]:
+    "Each round's policy against that of the round before, and against imitation."
+    found = {}
+    for preset, P in sorted({(c["preset"], c["P"]) for c in cells}):
+        of = lambda method, number: select(cells, preset=preset, P=P, round=number, method=method)
+        for number in sorted({c["round"] for c in cells if (c["preset"], c["P"]) == (preset, P)} - {0}):
+            name = f"{preset}, {P} a round: WMPO after round {number}"
+            found[f"{name} against round {number - 1}"] = compare(of("wmpo", number - 1), of("wmpo", number))
+            found[f"{name} against imitation"] = compare(of("imitation", number), of("wmpo", number))
+    return {name: comparison for name, comparison in found.items() if comparison}
+
+
 def lifelong_markdown(cells: list[dict]) -> str:
     "Success after each round of collecting, aligning and practising, beside imitation of as many more demonstrations (Fig. 6)."
     lines = []
@@ -319,7 +332,7 @@ def lifelong_markdown(cells: list[dict]) -> str:
             rows.append([number, budget, *(rate_text(*pooled_rate(g)) if g else "" for g in groups.values())])
         head = ["round", "real trajectories, or further demonstrations", "WMPO, round after round", "imitation"]
         lines += [f"### {preset}, {P} a round", "", markdown_table(head, rows), ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, *verdicts(lifelong_comparisons(cells)), ""])
 
 # %% ../nbs/26_results.ipynb #723bfa5a
 def checkpoint_correlation(cells: list[dict]) -> dict:
