@@ -299,7 +299,7 @@ def test_command_answers_a_wrong_path_with_one_line(capsys, tmp_path):
 def test_command_says_which_part_of_the_dream_is_missing(capsys, tmp_path):
     new_policy().save_pretrained(tmp_path / "policy")
     sizes = {"image_size": 16, "hidden_size": 32, "intermediate_size": 32, "num_layers": 2, "num_heads": 2,
-             "vision_dims": "[16]", "vision_depths": "[3]", "vision_heads": "[2]"}
+             "vision_dims": "[16]", "vision_depths": "[3]", "vision_heads": "[2]", "bins": 256}
     overrides = [word for name, value in sizes.items() for word in (f"--policy.{name}", str(value))]
     arguments = ["--policy", str(tmp_path / "policy"), "--world-model", "w.safetensors", *overrides]
     assert main([*arguments, "--output", str(tmp_path / "out")]) == 2
