@@ -192,6 +192,11 @@ def test_adopted_cells_point_elsewhere_and_results_do_not_say_where(tmp_path):
     write_json(tmp_path / name / "cell.json", found)
     assert artefact(tmp_path / name, "policy") == Path("/somewhere/private/demo/policy")
     assert result_of(tmp_path, "table1")["cells"][0]["reused"] == "demo"
+    for P, method, experiment in ((None, "base", "table1"), (512, "wmpo", "table1"), (128, None, "ablations")):
+        found = {"experiment": experiment, "preset": "tiny_lift", "P": P, "seed": 0, "method": method}
+        write_json(tmp_path / experiment / f"tiny_lift/P{P or 0}/seed0/{method}/cell.json", found)
+    beside = [(c["method"], c["P"]) for c in result_of(tmp_path, "ablations")["cells"]]
+    assert sorted(beside, key=str) == [("base", None), ("wmpo", 128), (None, 128)]               # not the budget that nobody varied
     write_json(tmp_path / "lifelong/tiny_lift/P128/seed0/rounds/cell.json", {"seed": 0, "records": [{"round": 0}, {"round": 1}]})
     assert [c["round"] for c in cells_of(tmp_path, "lifelong")] == [0, 1]
 

@@ -705,8 +705,8 @@ def result_of(root: Path, experiment: str) -> dict:
     "The content of `results/EXPERIMENT.json`: commands and cells, nothing computed."
     cells = [c | {"reused": Path(c["reused"]).name} if c.get("reused") else c for c in cells_of(root, experiment)]
     if experiment in ("alignment", "flow-steps", "ablations"):
-        runs = {(c["preset"], c["seed"]) for c in cells}
-        cells += [c | {"reused": None} for c in cells_of(root, "table1") if c["method"] in ("base", "wmpo") and (c["preset"], c["seed"]) in runs]
+        runs = {(c["preset"], c["seed"], method, P) for c in cells for method, P in (("base", None), ("wmpo", c["P"]))}
+        cells += [c | {"reused": None} for c in cells_of(root, "table1") if (c["preset"], c["seed"], c["method"], c["P"]) in runs]
     return {"experiment": experiment, "commands": read_json(root / experiment / "commands.json") or [], "cells": cells}
 
 # %% ../nbs/28_experiments.ipynb #6656550e
