@@ -436,8 +436,7 @@ def gained_figure(cells: list[dict]):
         k, n = pooled_rate(group)
         low, high = wilson(k, n)
         ax.plot([100 * low, 100 * high], [i, i], color="C0"); ax.plot(100 * k / n, i, "o", color="C0")
-    ax.set(yticks=range(len(rows)), yticklabels=[name for name, _ in rows], xlabel="success, % (95 %)")
-    ax.invert_yaxis()
+    ax.set(yticks=range(len(rows)), yticklabels=[name for name, _ in rows], ylim=(len(rows) - 0.5, -0.5), xlabel="success, % (95 %)")
     return figure
 
 # %% ../nbs/26_results.ipynb #24c436e4
