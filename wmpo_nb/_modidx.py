@@ -1280,6 +1280,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'wmpo_nb.wmpo.kl_to_start': ('wmpo.html#kl_to_start', 'wmpo_nb/wmpo.py'),
                               'wmpo_nb.wmpo.main': ('wmpo.html#main', 'wmpo_nb/wmpo.py'),
                               'wmpo_nb.wmpo.mix_seed': ('wmpo.html#mix_seed', 'wmpo_nb/wmpo.py'),
+                              'wmpo_nb.wmpo.refuse_accumulate': ('wmpo.html#refuse_accumulate', 'wmpo_nb/wmpo.py'),
                               'wmpo_nb.wmpo.token_statistics': ('wmpo.html#token_statistics', 'wmpo_nb/wmpo.py'),
                               'wmpo_nb.wmpo.train_wmpo': ('wmpo.html#train_wmpo', 'wmpo_nb/wmpo.py'),
                               'wmpo_nb.wmpo.try_states': ('wmpo.html#try_states', 'wmpo_nb/wmpo.py'),

@@ -26,7 +26,7 @@ from .run import (Checkpointer, Ledger, Run, atomic_write, clip_gradients, comma
                          parse_preset, preset_parser, progress, read_metrics, start_processes, sum_gradients, sum_over_processes, wait_for_all)
 from .simulator import Simulator
 from .trajectory import InitialState, TrajectoryBatch
-from .wmpo import NothingToLearn, gather, mix_seed, token_statistics, try_states, update
+from .wmpo import NothingToLearn, gather, mix_seed, refuse_accumulate, token_statistics, try_states, update
 
 # %% ../nbs/25_baselines.ipynb #f2110a02
 def affordable(config: GRPOConfig, left: int) -> GRPOConfig | None:
@@ -310,7 +310,7 @@ def main(argv=None):
     args, preset = parse_preset(_parser(), argv, can_shard=True)
     if args.epochs < 1 or args.beta <= 0: raise UserError(f"--epochs and --beta must be positive, not {args.epochs} and {args.beta}")
     if min(args.rates) <= 0 or len(set(args.rates)) < len(args.rates): raise UserError(f"--rates must be positive and different: {args.rates}")
-    if args.accumulate: raise UserError("practice has no --accumulate: --grpo.micro_batch says how many trajectories a pass takes")
+    refuse_accumulate(args)
     if args.selection < 1: raise UserError(f"--selection must be at least 1, not {args.selection}")
     if preset.collect.trajectories < preset.grpo.group_size:
         raise UserError(f"a budget of {preset.collect.trajectories} trials is less than one group of {preset.grpo.group_size}")

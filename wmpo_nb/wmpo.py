@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['mix_seed', 'draw_states', 'NothingToLearn', 'decision_frames', 'try_states', 'gather', 'forward_passes',
            'token_statistics', 'kl_to_start', 'update', 'Waiting', 'film_strip', 'Filmed', 'WithoutAdapters', 'Mean',
-           'Best', 'validate', 'train_wmpo', 'first_frames', 'dream_starts', 'main']
+           'Best', 'validate', 'train_wmpo', 'first_frames', 'dream_starts', 'refuse_accumulate', 'main']
 
 # %% ../nbs/14_wmpo.ipynb #d59f5307
 import math, resource, sys, time
@@ -444,6 +444,10 @@ def _parser():
     return parser
 
 # %% ../nbs/14_wmpo.ipynb #a8f2c001
+def refuse_accumulate(args):
+    "Raise `UserError` on an option that practice would ignore."
+    if args.accumulate: raise UserError("practice has no --accumulate: --grpo.micro_batch says how many trajectories a pass takes")
+
 def _spent(world: str, numbers: dict) -> dict:
     "What an iteration's `numbers` cost, for the ledger."
     if world == "dream": return {"imagined_frames": numbers["frames"]}
@@ -454,7 +458,7 @@ def _spent(world: str, numbers: dict) -> dict:
 def main(argv=None):
     "Console script `wmpo-train`: load and check everything, run the loop, write the policy."
     args, preset = parse_preset(_parser(), argv, can_shard=True)
-    if args.accumulate: raise UserError("practice has no --accumulate: --grpo.micro_batch says how many trajectories a pass takes")
+    refuse_accumulate(args)
     policy = load_policy(args.policy, preset, args.stats)
     if args.world == "dream": world, states = _dream(args, preset, policy.stats)
     else:
