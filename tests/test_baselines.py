@@ -247,7 +247,7 @@ def test_the_best_variant_on_selection_states_is_kept_and_none_is_trained_twice(
 
     new_policy().save_pretrained(tmp_path / "start")
     start = partial(OpenVLAOFT.from_pretrained, tmp_path / "start")
-    monkeypatch.setattr(baselines, "_select", lambda run, policy, count, workers: float(next(policy.parameters()).mean()))
+    monkeypatch.setattr(baselines, "_select", lambda run, policy, count, workers: float(next(policy.parameters()).detach().mean()))
     trainers = {name: partial(train, name=name) for name in rates}
     run = Run(tmp_path / "run", Preset(), "test", 0)
     found = try_variants(run, start, {name: trainers[name] for name in ("worse", "better")}, 4, 0)

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import matplotlib
+import matplotlib.pyplot as plt
 import pytest
 import torch
 
@@ -23,6 +24,7 @@ def run(answers: dict, stop: int = len(CELLS)) -> dict:
     names, filled = {}, {BLANKS[name]: code for name, code in answers.items()}
     for i, (kind, source) in enumerate(CELLS[:stop]):
         if kind == "code": exec(compile(filled.get(i, source), f"<cell {i}>", "exec"), names)
+    plt.close("all")
     return names
 
 

@@ -240,7 +240,6 @@ def test_branches_begin_where_the_trial_was(monkeypatch):
 @pytest.fixture(scope="module")
 def environment():
     with Simulator(PRESET.task, 0): yield simulator_room._environment
-    simulator_room._environment = None            # frees the renderer while there is still a library to free it with
 
 
 def test_disruptions_change_the_picture_and_nothing_else(environment):

@@ -215,6 +215,14 @@ def test_unknown_task_and_missing_library_are_one_clear_line(monkeypatch):
     with pytest.raises(UserError, match="apt-get install"): choose_gl()
 
 
+def test_a_process_that_has_drawn_ends_in_silence():
+    "At exit a renderer is freed before the library it is freed with."
+    code = (f"import threading; from wmpo_nb.presets import TaskConfig; from wmpo_nb.simulator import Environment\n"
+            f"threading.kept = Environment({TASK!r}); threading.kept.frame()")              # a module that goes late
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+
+
 def test_importing_touches_no_simulator():
     code = "import sys, wmpo_nb.simulator; sys.exit('mujoco' in sys.modules or 'robosuite' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

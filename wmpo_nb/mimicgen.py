@@ -78,7 +78,7 @@ def _attach(self: MimicGenEnvironment):
     self.camera = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_CAMERA, "agentview")
     size = self.task.image_size
     self.model.vis.global_.offwidth = self.model.vis.global_.offheight = size
-    self.renderer = mujoco.Renderer(self.model, size, size)
+    self.draw_with(mujoco.Renderer(self.model, size, size))
     self.visual = mujoco.MjvOption()
     self.visual.geomgroup[0] = 0                           # collision shapes
     number = lambda name: mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_BODY, name)                 # -1 when there is none

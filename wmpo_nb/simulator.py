@@ -6,7 +6,7 @@ __all__ = ['GL_PACKAGES', 'TASKS', 'TOWER_CUBES', 'MIMICGEN', 'choose_gl', 'Wayp
            'initial_states', 'script_trials', 'scripted_styles', 'collect_scripted']
 
 # %% ../nbs/03_simulator.ipynb #510d8167
-import ctypes.util, importlib.util, multiprocessing, os, sys, threading
+import ctypes.util, importlib.util, multiprocessing, os, sys, threading, weakref
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -227,7 +227,7 @@ def _place_camera(self: Environment, mujoco):
     model.vis.quality.offsamples, model.vis.quality.shadowsize = 0, 512
     side = task.image_size * task.supersample
     model.vis.global_.offwidth = model.vis.global_.offheight = side
-    self.renderer = mujoco.Renderer(model, side // len(self.views), side)
+    self.draw_with(mujoco.Renderer(model, side // len(self.views), side))
     self.visual = mujoco.MjvOption()
     self.visual.geomgroup[:] = [0, 1, 0, 0, 0, 0]      # robosuite keeps collision shapes in group 0
     if not task.draw_arm: self._hide_arm(mujoco)
@@ -249,18 +249,21 @@ def _lamp_above(self: Environment):
     self.model.vis.map.shadowclip = 0.1            # the lamp's square of light, small enough for sharp edges
 
 # %% ../nbs/03_simulator.ipynb #1e4b6051
+def _free(renderer):
+    if renderer._gl_context: renderer._gl_context.make_current()      # or it would free what another environment draws with
+    renderer.close()
+
 @patch
-def close(self: Environment):
-    "Free the renderer. Other environments of this process go on drawing."
-    if getattr(self, "renderer", None) is None: return
-    context = self.renderer._gl_context
-    if context: context.make_current()
-    self.renderer.close()
-    self.renderer = None
+def draw_with(self: Environment, renderer):
+    "Draw with this `mujoco.Renderer`. It is freed with the environment, and at exit while there is still a library to free it with."
+    self.renderer, self._renderer_freed = renderer, weakref.finalize(self, _free, renderer)
 
 # %% ../nbs/03_simulator.ipynb #da26bf36
 @patch
-def __del__(self: Environment): self.close()
+def close(self: Environment):
+    "Free the renderer. Other environments of this process go on drawing."
+    if getattr(self, "renderer", None): self._renderer_freed()
+    self.renderer = None
 
 # %% ../nbs/03_simulator.ipynb #43979090
 @patch
