@@ -15,7 +15,7 @@ from wmpo_nb.presets import Preset, WorldModelTrainConfig
 from wmpo_nb.run import EMA, Checkpointer, Run, checkpoint_blocks
 from wmpo_nb.sft import main as sft_main
 from wmpo_nb.sft import train_sft
-from wmpo_nb.wmpo import film_strip
+from wmpo_nb.wmpo import trial_film
 from wmpo_nb.world_model import train_world_model
 
 GRPO = replace(test_wmpo.CONFIG, lora_rank=4, iterations=3, learning_rate=5e-3)
@@ -198,9 +198,9 @@ def test_practice_is_filmed_every_so_many_iterations(tmp_path):
 
 def test_a_film_tells_success_from_failure():
     batch, _ = test_wmpo.collected()
-    pictures = film_strip(batch[:4])
+    pictures = trial_film(batch[:4])
     assert len(pictures) == batch.frames.shape[1] and pictures[0].shape == (20, 80, 3)
     for i, success in enumerate(batch.success[:4].tolist()):
         assert pictures[-1][0, 20 * i].tolist() == ([0, 160, 0] if success else [200, 0, 0])
     assert (pictures[0][2:18, 2:18] == batch.frames[0, 0].numpy()).all()
-    assert len(film_strip(batch[:4], longest=2)) == 2 and film_strip(batch[:2], side=8)[0].shape == (12, 24, 3)
+    assert len(trial_film(batch[:4], longest=2)) == 2 and trial_film(batch[:2], side=8)[0].shape == (12, 24, 3)

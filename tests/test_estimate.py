@@ -44,7 +44,7 @@ from wmpo_nb.reward import SuccessClassifier, block_named, hardest
 from wmpo_nb.run import EMA, fast_precision, make_optimizer, optimizer_step
 from wmpo_nb.sft import imitation_loss, smoothed_targets
 from wmpo_nb.trajectory import ActionStats
-from wmpo_nb.vae import VAE, training_terms
+from wmpo_nb.vae import VAE, disturbed_terms, draw_disturbance
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -66,7 +66,9 @@ def classify(model):
         logits = model(pixels[hardest(model, pixels, half)])
     return torch.nn.functional.cross_entropy(logits, torch.zeros(2 * half, dtype=torch.long))
 
-def reconstruct(model): return training_terms(model, model, frames(config.batch_size), config, generator)["loss"]
+def reconstruct(model):
+    pictures = frames(config.batch_size)
+    return disturbed_terms(model, pictures, *draw_disturbance(model, pictures, config, generator), config)["loss"]
 
 stats = ActionStats.from_actions(torch.rand(50, 7))
 stages = {

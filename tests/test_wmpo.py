@@ -1,5 +1,7 @@
 "The training loop: on-policy, deterministic, resumable, blind to its world, loud when there is nothing to learn."
 import json
+import os
+import signal
 from dataclasses import replace
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from helpers import SMALL, STATS
 from wmpo_nb.policy import OpenVLAOFT
 from wmpo_nb.presets import GRPOConfig, Preset, UserError
-from wmpo_nb.run import Checkpointer, Run, make_optimizer
+from wmpo_nb.run import Checkpointer, Run, Stopped, heed_sigterm, make_optimizer, told_to_stop
 from wmpo_nb.trajectory import InitialState
 from wmpo_nb.wmpo import (NothingToLearn, draw_states, forward_passes, gather, main, mix_seed, token_statistics,
                           train_wmpo, update, validate)
@@ -152,7 +154,7 @@ def test_result_does_not_depend_on_the_size_of_the_passes():
     for micro_batch in (1, 3):
         numbers, other = one_update(replace(CONFIG, mini_batch=16, micro_batch=micro_batch), batch, new_policy())
         torch.testing.assert_close(other, gradient, atol=1e-6, rtol=0)
-        assert numbers == pytest.approx(reference, abs=1e-6)
+        assert numbers == pytest.approx(reference | {"moved": numbers["moved"]}, abs=1e-6)        # that is of one pass
 
 
 def test_first_step_is_on_policy_and_raises_the_successes():
@@ -290,17 +292,65 @@ def test_a_number_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_pat
     assert calls and torch.equal(weights(policy), good)
 
 
+def test_an_update_that_runs_away_is_noticed_after_its_last_step(tmp_path):
+    "With one mini-batch nothing is measured between the step and the next iteration."
+    config = replace(CONFIG, mini_batch=64, learning_rate=0.3, grad_clip=1e9)
+    with pytest.raises(RuntimeError, match="the update moved the policy by .* nats a token at step"):
+        train(new_policy(), config=config, checkpointer=Checkpointer(tmp_path, 1))
+    numbers = []
+    train(new_policy(), config=replace(CONFIG, mini_batch=64), log=lambda iteration, **kwargs: numbers.append(kwargs))
+    assert all(abs(n["approx_kl"]) < 1e-6 and 1e-6 < abs(n["moved"]) < 0.1 for n in numbers)
+
+
+def test_sigterm_in_a_validation_loses_no_iteration(tmp_path):
+    "It waits for the end of the validation; then the iteration that was validated is saved."
+    class Interrupted(Brightness):
+        validated = 0
+        def reset(self, states, streams):
+            self.validated += len({state.state_id for state in states}) > 1               # in practice, siblings in blocks of one group
+            if self.validated == 4 and not told_to_stop(): os.kill(os.getpid(), signal.SIGTERM)        # three blocks were of the start
+            return super().reset(states, streams)
+
+    config = replace(CONFIG, validate_every=2, rollout_groups=1)
+    with heed_sigterm(), pytest.raises(Stopped): train(new_policy(), Interrupted(), config, checkpointer=Checkpointer(tmp_path, every=10))
+    assert Checkpointer(tmp_path, every=10).saved()[-1].name == "step_000002"
+    resumed = train(new_policy(seed=5), config=config, checkpointer=Checkpointer(tmp_path, every=10))
+    assert torch.equal(weights(resumed), weights(train(new_policy(), config=config)))
+
+
 def test_command_answers_a_wrong_path_with_one_line(capsys, tmp_path):
     assert main(["--policy", str(tmp_path / "nowhere"), "--output", str(tmp_path / "out")]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_command_says_which_part_of_the_dream_is_missing(capsys, tmp_path):
-    new_policy().save_pretrained(tmp_path / "policy")
+def arguments(folder):
+    "A policy in `folder`, and the words with which `wmpo-train` takes it."
+    new_policy().save_pretrained(folder / "policy")
     sizes = {"image_size": 16, "hidden_size": 32, "intermediate_size": 32, "num_layers": 2, "num_heads": 2,
              "vision_dims": "[16]", "vision_depths": "[3]", "vision_heads": "[2]", "bins": 256}
     overrides = [word for name, value in sizes.items() for word in (f"--policy.{name}", str(value))]
-    arguments = ["--policy", str(tmp_path / "policy"), "--world-model", "w.safetensors", *overrides]
-    assert main([*arguments, "--output", str(tmp_path / "out")]) == 2
+    return ["--policy", str(folder / "policy"), "--output", str(folder / "out"), *overrides]
+
+
+@pytest.mark.parametrize("iterations", [0, 2])
+def test_a_policy_that_has_learned_all_there_is_is_written(capsys, monkeypatch, tmp_path, iterations):
+    "Nothing to learn at once is an error; after some iterations practice ends early, with a policy, again on `--resume`."
+    class Easier(Brightness):
+        def judge(self, batch):
+            batch = super().judge(batch)
+            if len(list((tmp_path / "out/checkpoints").glob("step_*"))) >= iterations: batch.success[:] = True
+            return batch
+
+    monkeypatch.setattr("wmpo_nb.wmpo._dream", lambda *_: (Easier(), STATES))
+    words = [*arguments(tmp_path), "--task.horizon", "16", "--grpo.validate_every", "0", "--keep", "9"]
+    assert main(words) == main([*words, "--resume"]) == (0 if iterations else 2)
+    out, error = capsys.readouterr()
+    assert ("practice ends early: " in out, "calls everything success" in out + error) == (bool(iterations), True)
+    assert (tmp_path / "out/policy").exists() == bool(iterations)
+    if iterations: assert not torch.equal(weights(OpenVLAOFT.from_pretrained(tmp_path / "out/policy")), weights(new_policy()))
+
+
+def test_command_says_which_part_of_the_dream_is_missing(capsys, tmp_path):
+    assert main([*arguments(tmp_path), "--world-model", "w.safetensors"]) == 2
     assert "needs --vae" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -34,8 +34,8 @@ class LatentWindows:
     def __init__(self, latents, actions_n, length, config: WorldModelConfig):
         self.latents, self.actions_n = latents, actions_n         # half [B, T+1, C, h, w], float32 [B, T, 7]
         self.inputs = action_inputs(actions_n, config.action_history)
-        self.context, self.chunk = config.context_frames, config.chunk_size
-        self.pairs = window_starts(length, self.chunk)
+        self.context, self.chunk, self.pairs = config.context_frames, config.chunk_size, window_starts(length, config.chunk_size)
+        if not len(self.pairs): raise UserError(f"no trajectory is as long as a chunk of {self.chunk} steps: there is nothing to learn from")
         self.aligned = self.pairs[self.pairs[:, 1] % self.chunk == 0]
 
     def __len__(self): return len(self.pairs)
@@ -166,7 +166,7 @@ def imagine_trajectory(world_model: WorldModel, first: torch.Tensor, actions_n: 
     context, chunk = world_model.config.context_frames, world_model.config.chunk_size
     video = first.repeat(1, 1, context, 1, 1)
     for actions in action_inputs(actions_n, world_model.config.action_history).split(chunk, 1):
-        noise = torch.randn(len(first), first.shape[1], chunk, *first.shape[3:], generator=generator)
+        noise = torch.randn(len(first), first.shape[1], chunk, *first.shape[3:], generator=generator).to(first.device)
         video = torch.cat([video, world_model.imagine(video[:, :, -context:], actions, noise, steps)], 2)
     return video[:, :, context - 1:]
 

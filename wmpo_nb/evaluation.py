@@ -180,7 +180,8 @@ def psnr_by_frame(real: Tensor, dreamt: Tensor, length: Tensor) -> Tensor:
 
 # %% ../nbs/15_evaluation.ipynb #681ab961
 def agreement(real: TrajectoryBatch, dreamt: TrajectoryBatch) -> Agreement:
-    "Compare two batches that hold the same actions trajectory by trajectory, as `replay` makes them."
+    """Compare two batches that hold the same actions trajectory by trajectory, as `replay` makes them. PSNR to the end of the real
+    trial: a dream that was judged a success before stands still, and is compared as it stands."""
     if not torch.equal(real.actions, dreamt.actions): raise ValueError("the batches do not hold the same actions")
     confusion = torch.zeros(2, 2, dtype=torch.long)
     confusion.index_put_((real.success.long(), dreamt.success.long()), torch.tensor(1), accumulate=True)

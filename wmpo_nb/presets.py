@@ -229,7 +229,7 @@ class GRPOConfig:
     iterations: int = 40
     group_size: int = 8                                # G
     groups: int = 8                                    # informative groups per iteration
-    max_draws: int = 2                                 # rounds of `groups` fresh states before an iteration settles for fewer
+    max_draws: int = 2                                 # draws of starts before an iteration settles for fewer groups
     rollout_groups: int = 2                            # groups tried in one batch: the unit of work that processes share
     draw_multiple: int = 1                             # draw a multiple of this many states; groups beyond `groups` wait for the next iteration
     start_kl: bool = True                              # log the distance from the start policy: one more policy in memory, one more forward pass
@@ -342,7 +342,7 @@ def _paper_training() -> dict:
                                  warmup_steps=1000, decay_steps=0, chunk_starts=0.0, checkpoint_every=1000)
     return dict(
         pretraining=replace(flow, steps=1_190_000), alignment=flow,
-        sft=SFTConfig(demonstrations=300, steps=150_000, batch_size=64, optimizer="adamw", learning_rate=5e-4,
+        sft=SFTConfig(demonstrations=300, steps=150_000, batch_size=64, optimizer="adamw", learning_rate=5e-4, lora_rank=32,
                       label_sigma=0.0, decay_steps=0, ema=0.0, checkpoint_every=1000),
         reward_pretraining=RewardTrainConfig(steps=0),
         reward_training=RewardTrainConfig(steps=200_000, optimizer="adamw", learning_rate=1e-4, weight_decay=1e-4, warmup_steps=0,
@@ -464,6 +464,11 @@ OTHER_DIFFERENCES = (
     ("states of training and evaluation", "128 for evaluation", "the same file for both", "disjoint ranges of seeds"),
     ("which policy is reported", "-", "the best in the simulator, on the states of evaluation", "the last; tiny presets: the mean of five that is best in the dream (`grpo.validate_every`)"),
     ("imagined part of a success", "-", "dreamt to the horizon, then masked", "a dream ends with the chunk that succeeds"),
+    ("first latent of a dream", "-", "drawn from the encoder's distribution", "its mode"),
+    ("groups beyond those wanted", "-", "thrown away", "wait for the next iteration"),
+    ("starts of later draws", "-", "those not drawn yet, until all were", "drawn anew: some may repeat"),
+    ("optimiser of the alignment", "-", "state and schedule of pre-training go on", "begins anew, with a warm-up"),
+    ("cloning of the base policy", "-", "crops and colours; loss also on the stop token; a tenth of the rate after 100,000 steps", "shifts; loss on the action tokens; one rate"),
 )
 
 # %% ../nbs/00_presets.ipynb #f6080f7a

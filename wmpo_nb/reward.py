@@ -100,7 +100,7 @@ def score_clips(classifier: SuccessClassifier, clips: torch.Tensor, batch_size: 
     training, device = classifier.training, next(classifier.parameters()).device
     classifier.eval()
     with fast_precision(device):
-        logits = [classifier(preprocess(part.to(device), classifier.config)) for part in clips.split(batch_size) if len(part)]
+        logits = [classifier(preprocess(part, classifier.config).to(device)) for part in clips.split(batch_size) if len(part)]
     classifier.train(training)
     return torch.cat(logits)[:, 1].sigmoid().cpu() if logits else torch.zeros(0)
 

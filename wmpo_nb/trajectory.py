@@ -43,7 +43,7 @@ class ActionStats:
 def normalize(self: ActionStats, actions: torch.Tensor) -> torch.Tensor:
     "Environment units to the world model's, float32 [..., 7]; all dimensions, no clipping."
     q01, q99 = self.q01.to(actions.device), self.q99.to(actions.device)
-    return (2 * (actions.double() - q01) / (q99 - q01) - 1).float()
+    return (2 * (actions.double() - q01) / (q99 - q01).clamp_min(1e-8) - 1).float()       # a number that never changes is -1
 
 # %% ../nbs/02_trajectory.ipynb #66814252
 @patch

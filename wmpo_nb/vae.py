@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['to_pixels', 'to_frames', 'make_autoencoder', 'VAE', 'accept_diffusers_keys', 'fold_time', 'unfold_time', 'edge_loss',
            'kl_loss', 'vae_loss', 'psnr', 'frame_sampler', 'normalise_latents', 'train_vae', 'draw_disturbance',
-           'disturbed_terms', 'training_terms', 'save_vae', 'load_vae', 'load_diffusers', 'save_diffusers',
-           'reconstruct_batch', 'reconstruct_shards', 'main']
+           'disturbed_terms', 'save_vae', 'load_vae', 'load_diffusers', 'save_diffusers', 'reconstruct_batch',
+           'reconstruct_shards', 'main']
 
 # %% ../nbs/06_vae.ipynb #d5a233d8
 import json, shutil, sys
@@ -227,11 +227,6 @@ def disturbed_terms(model, frames: torch.Tensor, posterior: torch.Tensor, distur
         pixels, mean, std = model(images, torch.stack([posterior, disturbance]), strength)
     return vae_loss(pixels, images, mean, std, config)
 
-# %% ../nbs/06_vae.ipynb #2e00e7eb
-def training_terms(model, vae: VAE, frames: torch.Tensor, config: VAETrainConfig, generator: torch.Generator) -> dict:
-    "Terms of the loss on uint8 frames [N, H, W, 3] with fresh noise; `model` is `vae`, possibly wrapped for several processes."
-    return disturbed_terms(model, frames, *draw_disturbance(vae, frames, config, generator), config)
-
 # %% ../nbs/06_vae.ipynb #3def96de
 def save_vae(path, vae: VAE):
     "Write weights and configuration (with the scaling factor)."
@@ -317,7 +312,7 @@ def main(argv=None):
     run.close()
     if is_main():
         save_vae(run.folder / "vae.safetensors", vae)
-        print(f"VAE written to {run.folder / 'vae.safetensors'}: {psnr(vae.reconstruct(frames[:256]), frames[:256]):.1f} dB")
+        print(f"VAE written to {run.folder / 'vae.safetensors'}: {psnr(vae.cpu().reconstruct(frames[:256]), frames[:256]):.1f} dB")
 
 # %% ../nbs/06_vae.ipynb #717424e6
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['mix_seed', 'draw_states', 'NothingToLearn', 'decision_frames', 'try_states', 'gather', 'forward_passes',
-           'token_statistics', 'kl_to_start', 'update', 'Waiting', 'film_strip', 'Filmed', 'WithoutAdapters', 'Mean',
+           'token_statistics', 'kl_to_start', 'update', 'Waiting', 'trial_film', 'Filmed', 'WithoutAdapters', 'Mean',
            'Best', 'validate', 'train_wmpo', 'first_frames', 'dream_starts', 'refuse_accumulate', 'main']
 
 # %% ../nbs/14_wmpo.ipynb #d59f5307
@@ -59,11 +59,11 @@ def decision_frames(batch: TrajectoryBatch) -> TrajectoryBatch:
     return replace(batch, frames=batch.frames[:, ::per_chunk].contiguous())
 
 # %% ../nbs/14_wmpo.ipynb #d239371e
-def _my_blocks(policy, world, blocks: list, config: GRPOConfig, **options) -> dict:
+def _my_blocks(policy, world, blocks: list, config: GRPOConfig, *, stoppable: bool = True, **options) -> dict:
     "Block number to trajectories, of the blocks of states that are this process's."
     tried = {}
     for i in my_share(len(blocks), evenly=True):
-        stop_if_asked("the state before this iteration is saved")
+        if stoppable: stop_if_asked("the state before this iteration is saved")
         batch = rollout(policy, world, blocks[min(i, len(blocks) - 1)], group_size=config.group_size, **options)
         tried[i] = decision_frames(batch)
     return tried
@@ -87,7 +87,7 @@ def _outcomes(tried: dict, count: int, config: GRPOConfig) -> Tensor:
 # %% ../nbs/14_wmpo.ipynb #83b0fbee
 def try_states(policy, world, states: list[InitialState], config: GRPOConfig, **options) -> tuple[list, Tensor]:
     """`config.group_size` trials from each of `states`, shared by all processes: the informative groups in the order of the
-    states, and `_outcomes` of all trials. `options` are those of `rollout`."""
+    states, and `_outcomes` of all trials. `options` are those of `rollout`, and `stoppable`: whether SIGTERM is heeded between blocks."""
     size, members = config.rollout_groups, config.group_size
     tried = _my_blocks(policy, world, [states[i:i + size] for i in range(0, len(states), size)], config, **options)
     outcome = _outcomes(tried, len(states) * members, config)
@@ -197,6 +197,17 @@ def _backward(policy, batch, passes, config, temperature, accelerator) -> Tensor
     return sum_over_processes(total)
 
 # %% ../nbs/14_wmpo.ipynb #13457985
+@torch.no_grad()
+def _moved(policy, batch, one_pass, temperature) -> float:
+    "How far the policy is from the one that acted, nats a token, estimated on `one_pass` of the main process."
+    pairs, old, _, weights, _ = one_pass
+    policy.eval()
+    now, _ = token_statistics(policy, batch, pairs, temperature)
+    mine = torch.stack([(weights * (old - now)).sum(), weights.sum()]).cpu()
+    distance, weight = sum_over_processes(mine * is_main()).tolist()
+    return distance / weight
+
+# %% ../nbs/14_wmpo.ipynb #0ba2f19e
 def update(policy, optimizer, batch: TrajectoryBatch, config: GRPOConfig, *, temperature: float, accelerator, stale: int = 0,
            start=None) -> dict:
     """One pass of clipped policy-gradient steps over `batch` (whole groups side by side, the first `stale` trajectories from an
@@ -214,7 +225,8 @@ def update(policy, optimizer, batch: TrajectoryBatch, config: GRPOConfig, *, tem
         optimizer.step()
     numbers = dict(zip(_LOGGED, torch.stack(totals).mean(0).tolist()))
     if start is None: del numbers["start_kl"]
-    return numbers | {"grad_norm": sum(norms) / len(norms), "optimiser_steps": len(norms)}
+    moved = _moved(policy, batch, steps[0][0], temperature)
+    return numbers | {"moved": moved, "grad_norm": sum(norms) / len(norms), "optimiser_steps": len(norms)}
 
 # %% ../nbs/14_wmpo.ipynb #f2f6b615
 class Waiting:
@@ -233,7 +245,7 @@ def _restore(checkpointer, run, **objects) -> int:
     return start
 
 # %% ../nbs/14_wmpo.ipynb #6562dd63
-def film_strip(batch: TrajectoryBatch, longest: int = 64, side: int = 128) -> list[np.ndarray]:
+def trial_film(batch: TrajectoryBatch, longest: int = 64, side: int = 128) -> list[np.ndarray]:
     """Pictures uint8 [h, B * w, 3] of the trajectories of `batch` side by side, framed in green from success on, in red where
     there was none at the end. At most `longest` pictures, and `side` pixels each way for a trajectory."""
     total, height = batch.frames.shape[1:3]
@@ -256,7 +268,7 @@ class Filmed:
 
     def judge(self, batch):
         batch = self.world.judge(batch)
-        if self.film is None: self.film = film_strip(batch[:4])
+        if self.film is None: self.film = trial_film(batch[:4])
         return batch
 
 # %% ../nbs/14_wmpo.ipynb #0046e36c
@@ -272,7 +284,7 @@ def _iteration(policy, optimizer, world, states, config, waiting: Waiting, *, ac
     stale, used = len(waiting.batch) if waiting.batch else 0, config.groups * config.group_size
     waiting.batch = batch[used:] if len(batch) > used else None
     numbers |= update(policy, optimizer, batch[:used], config, temperature=temperature, accelerator=accelerator, stale=stale, start=start)
-    if numbers["approx_kl"] > 1: raise FloatingPointError(f"the update moved the policy by {numbers['approx_kl']:.2g} nats a token")
+    if not numbers["moved"] < 1: raise FloatingPointError(f"the update moved the policy by {numbers['moved']:.2g} nats a token")
     return numbers | {"memory_mb": _memory()}
 
 # %% ../nbs/14_wmpo.ipynb #ea5a7526
@@ -345,10 +357,11 @@ class Best:
 # %% ../nbs/14_wmpo.ipynb #c2d9e4f7
 @torch.no_grad()
 def validate(policy, world, states: list[InitialState], config: GRPOConfig, chunks: int) -> dict:
-    "One greedy trial from each of `states`, shared by all processes: `validation`, the share of successes, and what it cost."
+    """One greedy trial from each of `states`, shared by all processes: `validation`, the share of successes, and what it cost.
+    A SIGTERM waits for its end: the iteration that it closes has been learned from, and is not saved yet."""
     policy.eval()
     alone = replace(config, group_size=1, rollout_groups=config.rollout_groups * config.group_size)
-    _, outcome = try_states(policy, world, states, alone, chunks=chunks, temperature=0.0, seed=0)
+    _, outcome = try_states(policy, world, states, alone, chunks=chunks, temperature=0.0, seed=0, stoppable=False)
     return {"validation": float(outcome[:, 0].mean()), "frames": int(outcome[:, 1].sum()), "trajectories": len(outcome)}
 
 # %% ../nbs/14_wmpo.ipynb #d3e8f5a6
@@ -453,6 +466,21 @@ def _spent(world: str, numbers: dict) -> dict:
     if world == "dream": return {"imagined_frames": numbers["frames"]}
     return {"simulator_steps": numbers["frames"], "real_trajectories": numbers["trajectories"]}
 
+# %% ../nbs/14_wmpo.ipynb #9169aa8b
+def _practise(run, policy, world, states, args):
+    "The loop, and what it costs. When nothing is left to learn it ends early; when there never was anything, that is an error."
+    def log(iteration, **numbers):
+        spent = _spent(args.world, numbers)
+        run.ledger.add(**spent)
+        run.log("grpo", iteration, **numbers, **{f"total_{name}": getattr(run.ledger, name) for name in spent})
+    preset, checkpointer = run.preset, run.checkpointer(run.preset.grpo.checkpoint_every)
+    with run.stage("grpo"):
+        try: train_wmpo(policy, world, states, preset.grpo, chunks=preset.task.chunks, seed=args.seed, run=run, log=log,
+                        temperature=preset.collect.temperature, checkpointer=checkpointer)
+        except NothingToLearn as reason:
+            if not run.ledger.optimiser_steps: raise
+            if is_main(): print(f"practice ends early: {reason}")
+
 # %% ../nbs/14_wmpo.ipynb #0a4e9fc0
 @command
 def main(argv=None):
@@ -466,14 +494,7 @@ def main(argv=None):
         seeds = seeds_for("collection", preset.collect.trajectories, args.seed)
         world, states = Simulator(preset.task), [InitialState(seed, None) for seed in seeds]
     run = open_run(args, preset, f"wmpo-train --world {args.world}", ("policy", "stats", "world_model", "vae", "reward", "data"))
-    def log(iteration, **numbers):
-        spent = _spent(args.world, numbers)
-        run.ledger.add(**spent)
-        run.log("grpo", iteration, **numbers, **{f"total_{name}": getattr(run.ledger, name) for name in spent})
-    checkpointer = run.checkpointer(preset.grpo.checkpoint_every)
-    with run.stage("grpo"):
-        train_wmpo(policy, world, states, preset.grpo, chunks=preset.task.chunks, seed=args.seed, run=run, log=log,
-                   temperature=preset.collect.temperature, checkpointer=checkpointer)
+    _practise(run, policy, world, states, args)
     save_trained(run.folder / "policy", policy, args.policy, args.stats)
     if is_main(): print(f"policy written to {run.folder / 'policy'}")
     run.close()
