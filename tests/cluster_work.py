@@ -19,7 +19,7 @@ from wmpo_nb.evaluation import evaluate
 from wmpo_nb.policy import OpenVLAOFT
 from wmpo_nb.presets import WorldModelTrainConfig
 from wmpo_nb.reward import train_reward
-from wmpo_nb.run import Checkpointer, is_sharded, processes, start_processes
+from wmpo_nb.run import Checkpointer, is_sharded, processes, start_processes, wait_for_all
 from wmpo_nb.sft import train_sft
 from wmpo_nb.trajectory import rollout
 from wmpo_nb.vae import reconstruct_shards, train_vae
@@ -98,6 +98,19 @@ def judge(folder: Path):
     return weights(train_reward(test_reward.small_classifier(), seen, config)), seen.frames[:]
 
 
+def go_back(folder: Path) -> int:
+    "The step that is restored when the second process, if there is one, cannot read the newest checkpoint."
+    checkpointer, load = Checkpointer(folder, 1).register(layer=torch.nn.Linear(2, 2)), torch.load
+    for step in (1, 2): checkpointer.save(step)
+    wait_for_all()
+    def lying(path, **options):
+        if processes()[0] == 1 and "step_000002" in str(path): raise OSError("a disk that lies")
+        return load(path, **options)
+    torch.load = lying
+    try: return checkpointer.restore()
+    finally: torch.load = load
+
+
 def examine():
     result = evaluate(test_wmpo.new_policy(), test_wmpo.Brightness(), test_wmpo.STATES, chunks=2, batch=5, temperature=1.0)
     return torch.stack([result.state_id, result.success.long(), result.finish_step])
@@ -112,7 +125,7 @@ def work(folder: Path) -> dict:
     practise(folder / "part", 2)
     found["reward"], found["seen"] = judge(folder / "seen")
     return found | {"processes": processes()[1], "batch": vars(batch), "success": numbers["success"], "history": history,
-                    "sft": clone(), "vae": autoencode(), "world_model": dream(), "evaluation": examine()}
+                    "restored": go_back(folder / "lying"), "sft": clone(), "vae": autoencode(), "world_model": dream(), "evaluation": examine()}
 
 
 if __name__ == "__main__":

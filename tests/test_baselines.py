@@ -276,6 +276,12 @@ def test_bad_input_is_answered_before_work(capsys, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_variants_are_chosen_on_as_many_states_after_a_resume(capsys, tmp_path):
+    words = ["dpo", "--output", str(tmp_path / "run"), "--collect.trajectories", "8"]
+    def chosen(count): return baselines._settings(baselines._parser().parse_known_args([*words, "--selection", str(count)])[0])
+    assert chosen(8) != chosen(64) and chosen(8) == chosen(8)
+
+
 def test_the_commands_in_the_simulator_killed_and_resumed(tmp_path):
     "Real processes, the real simulator, the shipped policy; DPO finds the trajectories where WMPO keeps them."
     tiny = ["--workers", "0", "--collect.trajectories", "8", "--grpo.group_size", "4", "--grpo.groups", "1", "--grpo.max_draws", "1",

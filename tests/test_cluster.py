@@ -90,6 +90,11 @@ def test_a_checkpoint_of_two_processes_is_resumed_by_one(found):
     torch.testing.assert_close(cluster_work.practise(folder / "part", 3), alone["policy"], atol=1e-5, rtol=0)
 
 
+def test_processes_go_back_to_the_same_checkpoint(found):
+    alone, both, _ = found
+    assert alone["restored"] == 2 and [one["restored"] for one in both] == [1, 1]
+
+
 def test_a_launch_that_fell_apart_is_noticed():
     run = accelerate("--cpu", "--num_processes", 2, "-m", "wmpo_nb.evaluation", "--policy", "nowhere")
     assert "started only this one" in run.stderr and "ACCELERATE_USE_CPU=true" in run.stderr

@@ -29,6 +29,8 @@ def test_unknown_preset_field_and_value(capsys, tmp_path):
     assert "Did you mean 'tiny_lift'" in message(capsys, "--preset", "tiny_lfit", *out)
     assert "Did you mean 'grpo.group_size'" in message(capsys, "--grpo.groupsize", "4", *out)
     assert "grpo.group_size" in message(capsys, "--grpo.group_size", "many", *out)
+    assert "grpo.micro_batch must be at least 1, not 0" in message(capsys, "--grpo.micro_batch", "0", *out)
+    assert "--seed is 0 to 99" in message(capsys, "--seed", "-1", *out)
     assert "tiny presets" in message(capsys, "--preset", "coffee_128", *out)
     assert "--from-scratch makes them" in message(capsys, "--preset", "tiny_stack", *out)
     assert not (tmp_path / "run").exists()
@@ -50,6 +52,12 @@ def test_missing_truncated_and_wrong_weights(capsys, tmp_path):
 def test_unwritable_output(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     assert "file" in message(capsys, "--output", str(tmp_path / "file" / "run"))
+
+
+def test_the_estimate_of_fast_is_of_fast(capsys):
+    with pytest.raises(SystemExit): demo.main(["--fast", "--dry-run", "--grpo.iterations", "7"])
+    iterations = {line.split()[0]: line.split()[-2] for line in capsys.readouterr().out.splitlines() if line.strip().startswith(("alignment", "grpo"))}
+    assert iterations == {"alignment": str(demo.FAST["alignment.steps"]), "grpo": "7"}
 
 
 def test_rounds_and_repeats_practise_with_dice_of_their_own(tmp_path, monkeypatch):
@@ -127,5 +135,5 @@ def test_each_round_is_told_of_its_own_trajectories(runs):
 
 
 def test_rounds_need_something_to_do(capsys, tmp_path):
-    assert "collect.rounds is 0" in message(capsys, "--collect.rounds", "0", "--output", str(tmp_path / "run"))
+    assert "collect.rounds must be at least 1" in message(capsys, "--collect.rounds", "0", "--output", str(tmp_path / "run"))
     assert "collect.rounds is 3" in message(capsys, "--collect.rounds", "3", "--grpo.iterations", "2", "--output", str(tmp_path / "other"))

@@ -70,3 +70,10 @@ def test_a_warm_start_goes_on_from_the_shipped_weights(tmp_path, scratch):
     world_model = from_scratch.pretrain_world_model(run, run.preset, vae)
     shipped = load_world_model(from_scratch.SHIPPED / "world_model.safetensors", run.preset.world_model)
     torch.testing.assert_close(world_model.state_dict(), shipped.state_dict())
+
+
+def test_the_world_model_sees_the_task_that_the_policy_sees():
+    preset = load_preset("tiny_lift", {"task.image_size": "32", "task.placement": "0.1", "pretrain_data.tasks": '["lift", "stack"]'})
+    assert from_scratch._task_config(preset, "lift") == preset.task
+    other, shipped = from_scratch._task_config(preset, "stack"), load_preset("tiny_stack").task
+    assert (other.image_size, other.placement, other.horizon, other.camera_fovy) == (32, shipped.placement, shipped.horizon, shipped.camera_fovy)

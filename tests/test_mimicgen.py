@@ -91,6 +91,12 @@ def test_wrong_words_are_answered_in_one_line(argv, complaint, capsys, tmp_path)
     assert len(err.strip().splitlines()) == 1 and re.search(complaint, err) and not (tmp_path / "out").exists()
 
 
+def test_demonstrations_are_not_drawn_over_others(capsys, tmp_path):
+    (tmp_path / "demo_00007.tar").write_bytes(b"of another task, perhaps")
+    assert main(["render", "--preset", "square_128", "--source", "square_d0.hdf5", "--output", str(tmp_path)]) == 2
+    assert "already holds demonstrations" in capsys.readouterr().err and (tmp_path / "demo_00007.tar").exists()
+
+
 @pytest.mark.parametrize("joint", [-1.0, 0.8])
 def test_turns_lead_to_the_grasp_and_to_the_target_within_the_joints_reach(joint):
     for hand, part, target in np.random.default_rng(0).uniform(-np.pi, np.pi, (500, 3)):

@@ -50,3 +50,17 @@ def test_tiny_presets_are_nobodys_but_ours():
 
 def test_every_row_has_four_cells():
     assert all(len(row) == 4 and not any("|" in cell for cell in row) for row in OTHER_DIFFERENCES)
+
+
+@pytest.mark.parametrize("key, value", [("grpo.mini_batch", "0"), ("grpo.rollout_groups", "0"), ("grpo.draw_multiple", "0"), ("world_model.flow_steps", "0"),
+                                        ("sft.log_every", "0"), ("grpo.iterations", "-1"), ("grpo.learning_rate", "-0.1"), ("collect.temperature", "-1")])
+def test_numbers_that_no_run_can_have_are_refused(key, value):
+    with pytest.raises(UserError, match=f"{key} must be at least [01], not {value}"): load_preset("tiny_lift", {key: value})
+
+
+def test_every_preset_would_accept_its_own_numbers():
+    for name in PRESETS:
+        preset = load_preset(name)
+        for stage, config in preset.to_dict().items():
+            for field, value in config.items() if isinstance(config, dict) else ():
+                assert override(preset, f"{stage}.{field}", getattr(getattr(preset, stage), field)) == preset, (name, stage, field, value)

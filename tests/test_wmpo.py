@@ -11,8 +11,8 @@ from helpers import SMALL, STATS
 from wmpo_nb.policy import OpenVLAOFT
 from wmpo_nb.presets import GRPOConfig, Preset, UserError
 from wmpo_nb.run import Checkpointer, Run, Stopped, heed_sigterm, make_optimizer, told_to_stop
-from wmpo_nb.trajectory import InitialState
-from wmpo_nb.wmpo import (NothingToLearn, draw_states, forward_passes, gather, main, mix_seed, token_statistics,
+from wmpo_nb.trajectory import InitialState, rollout, write_shard
+from wmpo_nb.wmpo import (NothingToLearn, draw_states, dream_starts, forward_passes, gather, main, mix_seed, token_statistics,
                           train_wmpo, update, validate)
 
 CONFIG = GRPOConfig(iterations=4, group_size=4, groups=4, mini_batch=8, micro_batch=4, learning_rate=1e-3)
@@ -302,6 +302,20 @@ def test_an_update_that_runs_away_is_noticed_after_its_last_step(tmp_path):
     assert all(abs(n["approx_kl"]) < 1e-6 and 1e-6 < abs(n["moved"]) < 0.1 for n in numbers)
 
 
+def test_sigterm_is_heeded_between_two_chunks(tmp_path):
+    "A block of many long dreams takes minutes, and a cluster does not wait that long."
+    class Interrupted(Brightness):
+        steps = 0
+        def step(self, actions):
+            self.steps += 1
+            if self.steps == 1: os.kill(os.getpid(), signal.SIGTERM)
+            return super().step(actions)
+
+    world = Interrupted()
+    with heed_sigterm(), pytest.raises(Stopped): train(new_policy(), world, replace(CONFIG, validate_every=0), checkpointer=Checkpointer(tmp_path, every=10))
+    assert world.steps == 1 and Checkpointer(tmp_path, every=10).saved()[-1].name == "step_000000"
+
+
 def test_sigterm_in_a_validation_loses_no_iteration(tmp_path):
     "It waits for the end of the validation; then the iteration that was validated is saved."
     class Interrupted(Brightness):
@@ -354,3 +368,20 @@ def test_a_policy_that_has_learned_all_there_is_is_written(capsys, monkeypatch, 
 def test_command_says_which_part_of_the_dream_is_missing(capsys, tmp_path):
     assert main([*arguments(tmp_path), "--world-model", "w.safetensors"]) == 2
     assert "needs --vae" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_starts_of_the_same_number_are_told_apart(tmp_path):
+    "Released numbers have 8 bits: two starts of one number would be dreamt alike."
+    batch = rollout(new_policy(), Brightness(), STATES[:3], chunks=1)
+    write_shard(tmp_path / "a.tar", batch)
+    assert [state.state_id for state in dream_starts(tmp_path)] == [0, 1, 2]
+    batch.state_id[:] = 7
+    write_shard(tmp_path / "a.tar", batch)
+    assert len({state.state_id for state in dream_starts(tmp_path)}) == 3
+
+
+def test_pictures_of_another_size_are_refused_before_anything_runs(capsys, tmp_path):
+    write_shard(tmp_path / "data/a.tar", rollout(new_policy(), Brightness(), STATES[:3], chunks=1))
+    parts = ["--world-model", "w", "--vae", "v", "--reward", "r", "--data", str(tmp_path / "data")]
+    assert main([*arguments(tmp_path), *parts]) == 2
+    assert "pictures of (16, 16, 3), and tiny_lift 64 x 64" in capsys.readouterr().err and not (tmp_path / "out").exists()

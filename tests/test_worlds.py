@@ -2,6 +2,7 @@
 import subprocess
 import sys
 import textwrap
+from copy import copy
 from dataclasses import fields, replace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from wmpo_nb import dream as dream_room
 from wmpo_nb.alignment import LatentWindows, load_world_model, make_world_model, save_world_model
+from wmpo_nb.collect import _fingerprint
 from wmpo_nb.demo import SHIPPED, Parts
 from wmpo_nb.dream import Dream
 from wmpo_nb.evaluation import agreement, replay
@@ -170,3 +172,13 @@ def test_sizes_that_do_not_agree_are_refused(tmp_path):
     assert load_world_model(tmp_path / "told.safetensors", told.world_model).config == told.world_model
     with pytest.raises(UserError, match="trained with world_model.action_history 2, not 0"):
         load_world_model(tmp_path / "told.safetensors", replace(told.world_model, action_history=0))
+
+
+def test_recorded_trials_belong_to_all_that_decides_them(parts):
+    "The same weights that crop their pictures otherwise, or mean other actions by their words, act otherwise."
+    name = lambda policy, temperature="0.7": _fingerprint(policy, load_preset("tiny_lift", {"collect.temperature": temperature}), 6, "collection")
+    crops, means = copy(parts.base), copy(parts.base)
+    crops.config = replace(crops.config, center_crop=0.8)
+    means.stats = replace(means.stats, q99=means.stats.q99 * 2)
+    assert name(parts.base) == name(copy(parts.base))
+    assert len({name(parts.base), name(crops), name(means), name(parts.base, "0.8")}) == 4

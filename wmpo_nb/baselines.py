@@ -26,7 +26,7 @@ from .run import (Checkpointer, Ledger, Run, atomic_write, clip_gradients, comma
                          parse_preset, preset_parser, progress, read_metrics, start_processes, sum_gradients, sum_over_processes, wait_for_all)
 from .simulator import Simulator
 from .trajectory import InitialState, TrajectoryBatch
-from .wmpo import NothingToLearn, gather, mix_seed, refuse_accumulate, token_statistics, try_states, update
+from .wmpo import NothingToLearn, gather, go_back, mix_seed, refuse_accumulate, token_statistics, try_states, update
 
 # %% ../nbs/25_baselines.ipynb #f2110a02
 def affordable(config: GRPOConfig, left: int) -> GRPOConfig | None:
@@ -48,15 +48,6 @@ def _book(numbers: dict, *ledgers: Ledger):
     for ledger in ledgers:
         ledger.add(real_trajectories=numbers["trajectories"], simulator_steps=numbers["frames"], optimiser_steps=numbers["optimiser_steps"])
 
-# %% ../nbs/25_baselines.ipynb #daad397a
-def _restore(checkpointer, run, stage: str, **objects) -> int:
-    "Register what must survive, go back to the last checkpoint if there is one; returns the step to go on with."
-    if checkpointer is None: return 0
-    if run: objects["ledger"] = run.ledger
-    start = checkpointer.register(**objects).restore()
-    if run: run.rewind(stage, start)
-    return start
-
 # %% ../nbs/25_baselines.ipynb #4334bb5f
 def _log(run, stage: str, log):
     "The `log(step, **numbers)` that was given, or the run's, or none."
@@ -73,7 +64,7 @@ def train_online(policy, world, states: list[InitialState], config: GRPOConfig, 
     if affordable(config, budget) is None: raise UserError(f"{budget} trials are fewer than one group of {config.group_size}")
     accelerator, spent = start_processes(), Ledger()
     policy, optimizer = prepare_policy(accelerator, policy, config, seed)
-    log, iteration = _log(run, stage, log), _restore(checkpointer, run, stage, policy=trained_part(policy), optimizer=optimizer, spent=spent)
+    log, iteration = _log(run, stage, log), go_back(checkpointer, run, stage, policy=trained_part(policy), optimizer=optimizer, spent=spent)
     while (possible := affordable(config, budget - spent.real_trajectories)) is not None:
         with naming_checkpoint(iteration, checkpointer):
             numbers = _online_iteration(policy, optimizer, world, states, possible, accelerator, chunks=chunks,
@@ -176,7 +167,7 @@ def train_dpo(policy, batch: TrajectoryBatch, config: GRPOConfig, *, beta: float
     mask = action_mask(batch.finish_step, batch.tokens.shape[1], chunk, batch.actions.shape[2])
     policy, optimizer = prepare_policy(accelerator, policy, config, seed)
     reference = trajectory_log_probs(policy.eval(), batch, mask, temperature, config.micro_batch)      # of the weights to begin with
-    log, start = _log(run, stage, log), _restore(checkpointer, run, stage, policy=trained_part(policy), optimizer=optimizer)
+    log, start = _log(run, stage, log), go_back(checkpointer, run, stage, policy=trained_part(policy), optimizer=optimizer)
     for step in progress(len(steps), stage, start):
         chosen = steps[step].T.flatten()
         with naming_checkpoint(step, checkpointer):
@@ -298,8 +289,9 @@ def _dpo_command(run: Run, load, args) -> dict:
 # %% ../nbs/25_baselines.ipynb #19c2b7ca
 def _settings(args) -> list[str]:
     "What decides the result besides the preset: a resumed run must not change it."
-    if args.method == "grpo": return [f"--variant {args.variant}"]
-    return [f"--beta {args.beta}", f"--epochs {args.epochs}", "--rates", *map(str, args.rates)]
+    chosen = [f"--selection {args.selection}"]
+    if args.method == "grpo": return [*chosen, f"--variant {args.variant}"]
+    return [*chosen, f"--beta {args.beta}", f"--epochs {args.epochs}", "--rates", *map(str, args.rates)]
 
 # %% ../nbs/25_baselines.ipynb #c73b76a1
 @command

@@ -5,6 +5,7 @@ __all__ = ['batched', 'collect', 'main']
 
 # %% ../nbs/18_collect.ipynb #7f69d7bf
 import hashlib, json, sys
+from dataclasses import asdict
 from pathlib import Path
 
 # %% ../nbs/18_collect.ipynb #4d3007fb
@@ -22,8 +23,10 @@ def batched(items: list, size: int) -> list[list]:
 
 # %% ../nbs/18_collect.ipynb #1b0bd518
 def _fingerprint(policy: OpenVLAOFT, preset: Preset, seed: int, use: str) -> str:
-    "Names the trajectories by what decides them: weights, task, temperature, seed."
-    digest = hashlib.sha256(json.dumps([preset.to_dict()["task"], preset.collect.temperature, seed, use]).encode())
+    "Names the trajectories by what decides them: weights, configuration and action statistics of the policy, task, temperature, seed."
+    stats = [getattr(policy.stats, name).tolist() for name in ("q01", "q99", "mask")]
+    known = [asdict(policy.config), stats, preset.to_dict()["task"], preset.collect.temperature, seed, use]
+    digest = hashlib.sha256(json.dumps(known).encode())
     for value in policy.state_dict().values(): digest.update(value.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -32,7 +35,7 @@ def collect(policy: OpenVLAOFT, preset: Preset, cache: Path, *, use: str = "coll
             workers: int | None = None, first: int = 0, stored: bool = False) -> TrajectoryBatch:
     """`count` real trajectories of `policy` from the states of seed range `use`, beginning with the `first`, sampled; shards already
     in `cache` are not collected again. If `stored`, their frames stay there (`StoredFrames`). Several processes, who must see the
-    same `cache`, take every so-manieth shard."""
+    same `cache`, take turns at the shards."""
     folder = Path(cache) / _fingerprint(policy, preset, seed, use)
     paths = {folder / f"{group[0]}_{len(group)}.tar": group
              for group in batched(seeds_for(use, first + (count or preset.collect.trajectories), seed)[first:], 32)}
@@ -66,6 +69,7 @@ def main(argv=None):
         batch = collect(policy, preset, run.folder / "data", seed=args.seed, workers=args.workers, stored=True)
         # set, not added: a resumed run counts the shards it finds
         run.ledger.real_trajectories, run.ledger.simulator_steps = len(batch), int(batch.length.sum())
+    run.close()
     if is_main(): print(f"{int(batch.success.sum())} of {len(batch)} trajectories succeed; written to {run.folder / 'data'}")
 
 # %% ../nbs/18_collect.ipynb #bdb2456c

@@ -22,7 +22,7 @@ from .dream import Dream
 from .evaluation import Evaluation, agreement, evaluate, replay, success_table
 from .from_scratch import SHIPPED, make_weights, stage_checkpoints, stage_log
 from .policy import OpenVLAOFT
-from .presets import GRPOConfig, Preset, UserError, override, seeds_for
+from .presets import GRPOConfig, Preset, UserError, seeds_for
 from .report import save_record, write_report
 from .reward import f1_score, judge, load_reward, save_reward, train_reward
 from .run import Run, atomic_write, command, open_run, parse_preset, preset_parser, progress, read_metrics
@@ -259,12 +259,9 @@ def run_demo(run: Run, parts: Parts, cache: Path, workers: int | None = None) ->
 @command
 def main(argv=None):
     "Console script `wmpo-demo`."
-    args, preset = parse_preset(_parser(), argv)
+    args, preset = parse_preset(_parser(), argv, defaults=lambda args: FAST if args.fast else {})
     if preset.name not in ("tiny_lift", "tiny_stack"): raise UserError(f"the demo runs tiny presets; for {preset.name} use the commands of each stage")
     given = list(argv or sys.argv[1:])
-    chosen = {word.partition("=")[0] for word in given}
-    for field, value in FAST.items() if args.fast else ():
-        if f"--{field}" not in chosen: preset = override(preset, field, value)
     choose_gl()
     if not args.from_scratch: parts = Parts(args.weights or SHIPPED, preset)
     run = open_run(args, preset, "wmpo-demo")

@@ -405,18 +405,18 @@ def _estimate_grpo(preset: Preset, setup: Setup, how: dict, step: Step) -> Estim
     # (weights, extra, FLOPs) by network; they do not depend on how the policy learns
     calls = rollout_calls(replace(preset, grpo=GRPOConfig()), at_once, **how)
     frozen = sum(weights for name, (weights, _, _) in calls.items() if name != "policy")
+    if grpo.start_kl and not grpo.lora_rank: frozen += calls["policy"][0] / setup.parts      # the policy that practice began with
     several = replace(setup, passes=math.ceil(grpo.mini_batch / (grpo.micro_batch * setup.processes)))
     learning, acting = training_memory(step, several), _parts(step, setup)
-    # the gradients of the last step live on while the next rollout is made
     cast = calls["policy"][0] / 2 if setup.parts > 1 and setup.bf16 else 0       # sharded, a block at a time
     sizes = [size - cast * (name == "policy") for name, (_, size, _) in calls.items()]
-    acting |= {"gradients": step.gradients / setup.parts, "activations": max(sizes)}
+    acting |= {"gradients": step.gradients / setup.parts, "activations": max(sizes)}      # gradients: of the last step
     if setup.parts == 1: acting["copies"] -= step.casts        # counted among what acting needs
     memory = max(learning, acting, key=lambda parts: sum(parts.values())) | {"other networks": frozen}
     host, times = rollout_buffers(preset, at_once, batch), preset.task.chunks * batch / at_once
     if not setup.gpu: memory["buffers"] = host
     passes = step.flops / grpo.micro_batch                               # of one trajectory, forward and backward
-    learn = batch * passes + times * calls["policy"][2]                 # and once more forward, for the old log-probabilities
+    learn = batch * passes + (1 + grpo.start_kl) * times * calls["policy"][2]       # old log-probabilities, and those of the start
     dream = times * sum(flops for _, _, flops in calls.values())
     if grpo.validate_every: dream *= 1 + preset.collect.trajectories / grpo.validate_every / (grpo.groups * grpo.group_size)
     return Estimate("grpo", setup, memory, learn + dream, grpo.iterations, host)

@@ -316,6 +316,7 @@ def main(argv=None):
     states = _exam_states(args, preset)
     run = open_run(args, preset, f"wmpo-evaluate --states {args.states}" if args.states else "wmpo-evaluate", ("policy", "baseline", "stats", "states"))
     with run.stage("evaluate"): evaluations = _evaluate_all(policies, preset, states, run.folder / "evaluations.json")
+    run.close()
     table = success_table(evaluations)
     if not is_main(): return
     with atomic_write(run.folder / "evaluation.md") as temporary: temporary.write_text(table + "\n")

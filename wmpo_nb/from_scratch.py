@@ -7,6 +7,7 @@ __all__ = ['SHIPPED', 'make_demonstrations', 'make_pretraining_data', 'train_bas
 
 # %% ../nbs/17_from_scratch.ipynb #03a70a5c
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 # %% ../nbs/17_from_scratch.ipynb #79fdec1e
 from .alignment import LatentWindows, encode_windows, load_world_model, make_world_model, save_world_model
 from .policy import OpenVLAOFT
-from .presets import Preset, load_preset, seeds_for
+from .presets import Preset, TaskConfig, load_preset, seeds_for
 from .reward import SuccessClassifier, save_reward, train_reward
 from .run import Checkpointer, Run, save_weights
 from .sft import demonstration_windows, train_sft
@@ -33,7 +34,10 @@ _BLOCKS = {"lift": 0, "stack": 10}
 _KINDS = {"expert": 0, "near_miss": 1, "play": 2}
 
 # %% ../nbs/17_from_scratch.ipynb #c2d76871
-def _task_config(task: str): return load_preset(f"tiny_{task}").task
+def _task_config(preset: Preset, task: str) -> TaskConfig:
+    "The preset's own task as it is there, another one in pictures of its size."
+    if task == preset.task.name: return preset.task
+    return replace(load_preset(f"tiny_{task}").task, image_size=preset.task.image_size, supersample=preset.task.supersample)
 
 # %% ../nbs/17_from_scratch.ipynb #15bf7fc3
 def make_demonstrations(run: Run, preset: Preset, workers: int | None = None):
@@ -49,7 +53,7 @@ def make_pretraining_data(run: Run, preset: Preset, workers: int | None = None):
     counts = {"expert": data.demonstrations, "near_miss": data.near_misses, "play": data.play}
     for task in data.tasks:
         share = 1.0 if task == data.tasks[0] else data.other_tasks_share
-        with run.stage("pretraining data"), Simulator(_task_config(task), workers) as simulator:
+        with run.stage("pretraining data"), Simulator(_task_config(preset, task), workers) as simulator:
             for kind, count in counts.items():
                 seeds = seeds_for("pretraining", math.ceil(count * share), _BLOCKS[task] + _KINDS[kind])
                 steps = collect_scripted(simulator, run.folder / "data/pretraining" / task, kind, seeds)

@@ -438,6 +438,8 @@ def main(argv=None):
         return print(f"states converted to {args.output / 'states.npz'}")
     if preset.task.name not in ENVIRONMENTS: raise UserError(f"{preset.task.name} is no task of MimicGen's: choose a --preset of {', '.join(ENVIRONMENTS)}")
     if args.action == "states": return print(_states(args, preset))
+    if not args.resume and any(args.output.glob("demo_*.tar")):
+        raise UserError(f"{args.output} already holds demonstrations: add --resume to keep them, or choose another --output")
     check_task(args.source, preset.task)
     counts = render_demonstrations(preset.task, args.source, args.output, args.count, args.resume)
     print(", ".join(f"{number} {what}" for what, number in counts.items()) + f"; in {args.output}")

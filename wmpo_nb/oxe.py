@@ -575,7 +575,7 @@ def pretrain(args, preset: Preset):
     world_model = make_world_model(preset)
     if args.open_sora: world_model = WorldModel(preset.world_model, load_opensora(args.open_sora, preset.stdit).float())
     stream = WindowStream(mixture, config.batch_size, args.seed, workers=args.workers)
-    run = open_run(args, preset, "wmpo-train-world-model")
+    run = open_run(args, preset, "wmpo-train-world-model", ("vae", "stats", "open_sora"))
     if is_main(): print("\n".join(f"{share:6.1%}  {s.name}" for s, share in zip(mixture.sources, mixture.shares.tolist())))
     log = lambda step, **numbers: run.log("pretraining", step, seconds_waited=stream.waited, **numbers)
     with closing(stream), run.stage("pretraining"):

@@ -430,13 +430,24 @@ def _parse(text: str, like, key: str):
     raise UserError(f"'{text}' is not a value for {key}: it must be like {json.dumps(like)}")
 
 # %% ../nbs/00_presets.ipynb #44f3896c
+# the whole numbers that may be 0; all others count something there must be one of
+_MAY_BE_ZERO = ("steps", "warmup_steps", "decay_steps", "iterations", "lora_rank", "validate_every", "videos_every", "checkpoint_every",
+                "action_history", "idle_steps", "hard_steps", "margin", "mining", "image_shift", "demonstrations", "near_misses", "play",
+                "held_out", "first_clip_end")
+
+def _check_range(key: str, value):
+    "Raise `UserError` if no field `key` can have this number."
+    least = int(type(value) is int and key.split(".")[1] not in _MAY_BE_ZERO)
+    if isinstance(value, (int, float)) and value < least: raise UserError(f"{key} must be at least {least}, not {value}")
+
 def override(preset: Preset, key: str, text) -> Preset:
-    "A copy of `preset` with the field `stage.field` set. Raises `UserError` when there is none of that name."
+    "A copy of `preset` with the field `stage.field` set. Raises `UserError` when there is none of that name, or the value is none for it."
     stages = {f.name: getattr(preset, f.name) for f in fields(preset) if is_dataclass(getattr(preset, f.name))}
     known = {f"{s}.{f.name}" for s, config in stages.items() for f in fields(config)}
     if key not in known: raise UserError(f"unknown field '{key}'.{_closest(key, known)}")
     stage, name = key.split(".")
     value = _parse(text, getattr(stages[stage], name), key)
+    _check_range(key, value)
     return replace(preset, **{stage: replace(stages[stage], **{name: value})})
 
 # %% ../nbs/00_presets.ipynb #9fb9588e
@@ -464,8 +475,15 @@ OTHER_DIFFERENCES = (
     ("states of training and evaluation", "128 for evaluation", "the same file for both", "disjoint ranges of seeds"),
     ("which policy is reported", "-", "the best in the simulator, on the states of evaluation", "the last; tiny presets: the mean of five that is best in the dream (`grpo.validate_every`)"),
     ("imagined part of a success", "-", "dreamt to the horizon, then masked", "a dream ends with the chunk that succeeds"),
+)
+
+# %% ../nbs/00_presets.ipynb #5f15849d
+# the same, of what is done rather than set
+OTHER_DIFFERENCES += (
     ("first latent of a dream", "-", "drawn from the encoder's distribution", "its mode"),
     ("groups beyond those wanted", "-", "thrown away", "wait for the next iteration"),
+    ("an iteration short of groups", "repeated", "repeated until there are 64", "goes on with fewer after `grpo.max_draws` draws"),
+    ("epsilon of AdamW", "-", "1e-15 in the world model", "PyTorch's 1e-8"),
     ("starts of later draws", "-", "those not drawn yet, until all were", "drawn anew: some may repeat"),
     ("optimiser of the alignment", "-", "state and schedule of pre-training go on", "begins anew, with a warm-up"),
     ("cloning of the base policy", "-", "crops and colours; loss also on the stop token; a tenth of the rate after 100,000 steps", "shifts; loss on the action tokens; one rate"),

@@ -3,12 +3,12 @@
 # %% auto #0
 __all__ = ['atomic_write', 'save_weights', 'load_weights', 'config_of', 'load_metrics', 'check_fits', 'load_into', 'load_pickled',
            'load_tensors', 'save_tensors', 'float_copy', 'EMA', 'learning_rate_at', 'Optimizers', 'is_block_matrix',
-           'make_optimizer', 'processes', 'shards', 'start_processes', 'sum_over_processes', 'wait_for_all', 'my_share',
-           'blocks', 'place', 'is_sharded', 'gathered', 'ShardedOptimizer', 'prepare', 'sum_gradients', 'Stopped',
-           'heed_sigterm', 'told_to_stop', 'asked_to_stop', 'stop', 'stop_if_asked', 'fast_precision', 'Diverged',
-           'check_finite', 'naming_checkpoint', 'clip_gradients', 'optimizer_step', 'checkpoint_blocks', 'train_step',
-           'is_main', 'Checkpointer', 'progress', 'Ledger', 'read_metrics', 'make_trackers', 'Run', 'fingerprint',
-           'preset_parser', 'parse_preset', 'open_run', 'command']
+           'make_optimizer', 'processes', 'shards', 'start_processes', 'sum_over_processes', 'wait_for_all',
+           'from_main', 'my_share', 'blocks', 'place', 'is_sharded', 'gathered', 'ShardedOptimizer', 'prepare',
+           'sum_gradients', 'Stopped', 'heed_sigterm', 'told_to_stop', 'asked_to_stop', 'stop', 'stop_if_asked',
+           'fast_precision', 'Diverged', 'check_finite', 'naming_checkpoint', 'clip_gradients', 'optimizer_step',
+           'checkpoint_blocks', 'train_step', 'is_main', 'Checkpointer', 'progress', 'Ledger', 'read_metrics',
+           'make_trackers', 'Run', 'fingerprint', 'preset_parser', 'parse_preset', 'open_run', 'command']
 
 # %% ../nbs/01_run.ipynb #a6210534
 import argparse, dataclasses, difflib, errno, functools, hashlib, io, json, math, os, pickle, random, shutil, signal, sys, textwrap, threading, time
@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
+from typing import Callable
 import numpy as np, torch
 from fastcore.basics import patch
 from torch import nn
@@ -344,6 +345,13 @@ def wait_for_all():
     "Return once every process has come here."
     sum_over_processes(torch.zeros(1))
 
+def from_main(value):
+    "What the first process has as `value`, in all. All must call it."
+    if processes()[1] == 1: return value
+    found = [value]
+    torch.distributed.broadcast_object_list(found, src=0)
+    return found[0]
+
 # %% ../nbs/01_run.ipynb #723938e5
 def my_share(count: int, evenly: bool = False) -> range:
     "Indices of the items, of `count`, that are this process's to do; `evenly`: as many in all, some of them beyond `count`."
@@ -493,7 +501,7 @@ class Diverged(UserError, RuntimeError):
 def _last_good(checkpointer) -> str:
     "The newest checkpoint, as text."
     saved = checkpointer.saved() if checkpointer else []
-    return f"Last checkpoint: {saved[-1] if saved else 'none'}. Try a smaller learning rate"
+    return f"Last checkpoint: {saved[-1] if saved else 'none'}. Try again with a smaller learning rate and another --output"
 
 # %% ../nbs/01_run.ipynb #2ea2bea6
 def check_finite(loss: float, step: int, checkpointer=None, explosion: float = 100.0):
@@ -559,13 +567,12 @@ def _my_parts(batch: tuple, accelerator) -> list:
     return [[x[a:b] for x in batch] for a, b in list(zip(bounds, bounds[1:]))[rank * each:(rank + 1) * each]]
 
 # %% ../nbs/01_run.ipynb #8b2470ba
-def _accumulate(accelerator, loss_of, batch: tuple, model) -> dict:
+def _accumulate(accelerator, loss_of, batch: tuple) -> dict:
     "Back-propagate this process's share of `batch`; the means of all terms over the whole of it, as numbers."
     terms, passes = {}, accelerator.gradient_accumulation_steps
     for part in _my_parts(batch, accelerator):
-        with accelerator.accumulate(model):
-            found, share = loss_of(*part), len(part[0]) / len(batch[0])
-            accelerator.backward(found["loss"] * (share * passes))     # accelerate divides by them; the share does already
+        found, share = loss_of(*part), len(part[0]) / len(batch[0])
+        accelerator.backward(found["loss"] * (share * passes))         # accelerate divides by them; the share does already
         for name, value in found.items(): terms[name] = terms.get(name, 0.0) + value.detach().float().cpu() * share
     totals = sum_over_processes(torch.stack(list(terms.values())))
     return dict(zip(terms, totals.tolist()))
@@ -578,7 +585,7 @@ def train_step(accelerator, loss_of, batch: tuple, model, optimizer, step: int, 
     `gradient_norm`. The result does not depend on the number of processes or passes, but for rounding. Raises as `optimizer_step`.
     """
     optimizer.zero_grad()
-    terms = _accumulate(accelerator, loss_of, batch, model)
+    terms = _accumulate(accelerator, loss_of, batch)
     check_finite(terms["loss"], step, checkpointer)
     sum_gradients(model.parameters())
     return terms | {"gradient_norm": _apply_gradients(accelerator, model, optimizer, step, config, checkpointer)}
@@ -599,7 +606,7 @@ def _random_state() -> dict:
 # %% ../nbs/01_run.ipynb #e2fc0265
 def _set_random_state(state: dict):
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(state["cuda"][:torch.cuda.device_count()])
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
 
@@ -717,17 +724,28 @@ def _read_shards(self: Checkpointer, path: Path) -> dict:
     return states
 
 # %% ../nbs/01_run.ipynb #637fb5e8
+_UNREADABLE = OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError
+
+@patch
+def _read(self: Checkpointer, path: Path) -> tuple[dict, dict]:
+    "State and `extra` of the checkpoint `path`. Raises one of `_UNREADABLE` in all processes if it is not readable for one of them."
+    try: found = torch.load(path/"state.pt", map_location="cpu", weights_only=True), json.loads((path/"extra.json").read_text())
+    except _UNREADABLE: found = None
+    if sum_over_processes(torch.tensor(int(found is None))): raise OSError(f"{path} is damaged")
+    return found
+
+# %% ../nbs/01_run.ipynb #83b45b2f
 @patch
 def restore(self: Checkpointer) -> int:
-    "Load the newest readable checkpoint into the registered objects and return its step; 0 if there is none."
-    for path in reversed(self.saved()):
+    "Load the newest checkpoint that every process can read into the registered objects and return its step; 0 if there is none."
+    for path in from_main(self.saved())[::-1]:
         try:
-            state = torch.load(path/"state.pt", map_location="cpu", weights_only=True)
-            self.extra = json.loads((path/"extra.json").read_text())
+            state, extra = self._read(path)
             state["objects"] |= self._read_shards(path)
-        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
+        except _UNREADABLE:
             print(f"skipping the damaged checkpoint {path}", file=sys.stderr)
             continue
+        self.extra = extra
         self._load(path, state["objects"])
         _set_random_state(state["random"])
         return state["step"]
@@ -866,10 +884,11 @@ class Run:
 
     def __init__(self, output, preset: Preset, command: str, seed: int = 0, resume: bool = False, keep: int = 2, log_with=()):
         self.folder, self.preset, self.command, self.seed, self.keep = Path(output), preset, command, seed, keep
-        self.ledger, self._writers, self._done, self._trackers = Ledger(), {}, [], make_trackers(log_with, command)
+        self.ledger, self._writers, self._done = Ledger(), {}, []
         self.weights = None                                      # digests, once `start_from` has noted them
         self._rewound = set() if resume else None                # stages whose old entries are gone
         if is_main(): self._claim({"command": command, "seed": seed, "preset": preset.to_dict()}, resume)
+        self._trackers = make_trackers(log_with, command)
         for tracker in self._trackers: tracker.store_init_configuration({"seed": seed} | preset.to_dict())
         if resume: self._recall()
 
@@ -1027,10 +1046,11 @@ def _add_cluster_options(parser):
 
 # %% ../nbs/01_run.ipynb #dc8c348c
 def _check_counts(args):
-    "Raise `UserError` on a number below 1."
+    "Raise `UserError` on a number out of range."
     for name in ("keep", "accumulate"):
         value = getattr(args, name, None)
         if value is not None and value < 1: raise UserError(f"--{name} must be at least 1, not {value}")
+    if not 0 <= getattr(args, "seed", 0) < 100: raise UserError(f"--seed is 0 to 99, each with initial states of its own, not {args.seed}")
 
 
 def _set_environment(args):
@@ -1072,9 +1092,10 @@ def _overrides(rest: list[str], options: list[str]) -> dict:
     return overrides
 
 # %% ../nbs/01_run.ipynb #98cbf60f
-def parse_preset(parser: argparse.ArgumentParser, argv: list[str] | None = None, can_shard: bool = False) -> tuple[argparse.Namespace, Preset]:
-    """(arguments, preset with the overrides). Raises `UserError` on an unknown preset, option, field or value, and on a launch
-    that wants sharding from a command that cannot.
+def parse_preset(parser: argparse.ArgumentParser, argv: list[str] | None = None, can_shard: bool = False,
+                 defaults: Callable = lambda args: {}) -> tuple[argparse.Namespace, Preset]:
+    """(arguments, preset with the overrides, and before these with `defaults(arguments)`). Raises `UserError` on an unknown preset,
+    option, field or value, and on a launch that wants sharding from a command that cannot.
 
     `--dry-run` prints the estimate of notebook 22 and raises `SystemExit`; it needs none of the other options."""
     words = sys.argv[1:] if argv is None else argv
@@ -1082,7 +1103,7 @@ def parse_preset(parser: argparse.ArgumentParser, argv: list[str] | None = None,
         for action in parser._actions: action.required = False
     args, rest = parser.parse_known_args(words)
     options = [option for action in parser._actions for option in action.option_strings]
-    preset = load_preset(args.preset, _overrides(rest, options))
+    preset = load_preset(args.preset, defaults(args) | _overrides(rest, options))
     _check_counts(args)
     # loaded by name and only when asked: the estimate knows every network, and this room knows none
     if getattr(args, "dry_run", False): sys.exit(import_module("wmpo_nb.estimate").dry_run(parser.prog, args, preset))

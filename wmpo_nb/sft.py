@@ -89,7 +89,7 @@ def _parser():
     parser = preset_parser("wmpo-sft", "Train the base policy on demonstrations.",
                            "wmpo-sft --preset tiny_lift --data runs/demonstrations --output runs/sft\n"
                            "wmpo-sft --preset tiny_lift --data runs/demonstrations --output runs/sft --resume")
-    parser.add_argument("--data", required=True, metavar="DIR", help="folder of demonstrations (*.tar), from wmpo-collect")
+    parser.add_argument("--data", required=True, metavar="DIR", help="folder of demonstrations (*.tar): those of wmpo-demo --from-scratch, or from wmpo-mimicgen render")
     parser.add_argument("--start", metavar="DIR", help="fine-tune this policy, ours or a released one; without it training starts from random weights")
     parser.add_argument("--stats", metavar="FILE", help="dataset_statistics.json, if that folder has none")
     return parser

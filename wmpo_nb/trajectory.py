@@ -9,7 +9,7 @@ __all__ = ['ActionStats', 'save_stats', 'load_stats', 'TrajectoryBatch', 'Stream
 import io, json, tarfile
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Callable, NamedTuple, Protocol
 
 # %% ../nbs/02_trajectory.ipynb #21bc0080
 import numpy as np
@@ -198,14 +198,16 @@ class TrainablePolicy(Policy, Protocol):
 # %% ../nbs/02_trajectory.ipynb #c4d8662f
 @torch.no_grad()
 def rollout(policy: Policy, world: World, states: list[InitialState], *, chunks: int, group_size: int = 1,
-            temperature: float = 0.0, seed: int = 0) -> TrajectoryBatch:
-    "Run `group_size` trials of `chunks` chunks from each state; trajectory b belongs to state b // group_size (paper, Algorithm 1)."
+            temperature: float = 0.0, seed: int = 0, before_chunk: Callable = lambda: None) -> TrajectoryBatch:
+    """Run `group_size` trials of `chunks` chunks from each state; trajectory b belongs to state b // group_size (paper, Algorithm 1).
+    `before_chunk()` is called before each chunk, and may stop it all by an exception."""
     states = [state for state in states for _ in range(group_size)]
     state_id = torch.tensor([s.state_id for s in states])
     member = torch.arange(len(states)) % group_size
     streams = Streams(seed, state_id, member)
     frames, acted = [world.reset(states, streams)[:, None]], []
     for _ in range(chunks):
+        before_chunk()
         acted.append(policy.act(frames[-1][:, -1], streams, temperature))
         frames.append(world.step(acted[-1].actions))
     tokens, log_probs = (torch.stack([getattr(a, name) for a in acted], 1) for name in ("tokens", "log_probs"))
@@ -262,8 +264,7 @@ class StoredFrames:
     """Frames uint8 [B, T+1, H, W, 3] that stay in their files. `frames[rows]` and `frames[rows, times]` read what is asked for, as
     tensors do; memory holds no more than that. `places`: file, first byte and shape of each video."""
     def __init__(self, places: list[tuple]):
-        if len(shapes := {shape for *_, shape in places}) > 1: raise UserError(f"trajectories of different sizes: {sorted(shapes)}")
-        self.places, self.shape, self.videos = places, (len(places), *shapes.pop()), {}
+        self.places, self.shape, self.videos = places, (len(places), *places[0][2]), {}
 
     def __len__(self): return len(self.places)
 
@@ -271,16 +272,18 @@ class StoredFrames:
 
     def _video(self, row: int) -> torch.Tensor:
         path, begin, shape = self.places[row]
-        if row not in self.videos: self.videos[row] = torch.from_numpy(np.memmap(path, np.uint8, "c", begin, shape))   # mapped, not read
+        if row not in self.videos:
+            if len(self.videos) == 64: del self.videos[next(iter(self.videos))]       # each mapping keeps its file open
+            self.videos[row] = torch.from_numpy(np.memmap(path, np.uint8, "c", begin, shape))          # mapped, not read
         return self.videos[row]
 
     def __getitem__(self, index) -> torch.Tensor:
         rows, *times = index if isinstance(index, tuple) else (index,)
         rows, *times = torch.broadcast_tensors(torch.arange(len(self))[rows], *map(torch.as_tensor, times))
-        places = zip(*(numbers.flatten().tolist() for numbers in (rows, *times)))
-        found = [self._video(row)[time] if time else self._video(row) for row, *time in places]
-        shape = *rows.shape, *self.shape[1 + len(times):]
-        return torch.stack(found).view(shape) if found else torch.empty(shape, dtype=torch.uint8)
+        found = torch.empty(rows.numel(), *self.shape[1 + len(times):], dtype=torch.uint8)
+        for picture, row, *time in zip(found, *(numbers.flatten().tolist() for numbers in (rows, *times))):
+            picture.copy_(self._video(row)[tuple(time)])
+        return found.view(*rows.shape, *found.shape[1:])
 
 # %% ../nbs/02_trajectory.ipynb #eaff1bbe
 def _place(path, info: tarfile.TarInfo, file) -> tuple:
@@ -291,6 +294,8 @@ def _place(path, info: tarfile.TarInfo, file) -> tuple:
     return path, info.offset_data + file.tell(), shape
 
 # %% ../nbs/02_trajectory.ipynb #6540091d
+_MEMBERS = "meta.json", "video.npy", "action.npy", "responses.npy", "log_probs.npy", "state_id.npy", "intended.npy"
+
 def _trajectories(path, stored: bool = False):
     "Yield the members of each trajectory of one tar as a dictionary; numpy without pickles. If `stored`, `place` says where its video is."
     with tarfile.open(path) as archive:
@@ -299,6 +304,7 @@ def _trajectories(path, stored: bool = False):
             prefix, name = info.name.split(".", 1)
             if prefix != key and sample: yield sample; sample = {}
             key, file = prefix, archive.extractfile(info)
+            if name not in _MEMBERS: continue                              # released shards also hold what the networks saw
             if name.endswith("json"): sample[name] = json.load(file)
             elif stored and name == "video.npy": sample["place"], sample[name] = _place(path, info, file), np.empty(0, np.uint8)
             else: sample[name] = np.load(io.BytesIO(file.read()), allow_pickle=False)
@@ -324,14 +330,17 @@ def read_shards(folder, stored: bool = False) -> TrajectoryBatch:
     if isinstance(folder, list): paths = folder
     else: paths = [Path(folder)] if Path(folder).is_file() else sorted(Path(folder).glob("**/*.tar"))
     if not paths: raise UserError(f"no trajectories (*.tar) in {folder}: collect some with wmpo-collect")
-    batches, places = [], []
+    batches, places, sizes = [], [], {}
     for path in paths:
         try:
             _check_complete(path)
             for sample in _trajectories(path, stored):
                 batches.append(_batch_of(sample))
+                sizes.setdefault((sample["place"][2] if stored else sample["video.npy"].shape, sample["action.npy"].shape), path)
                 if stored: places.append(sample["place"])
         except (tarfile.TarError, ValueError, KeyError, EOFError, OSError) as error:
             raise UserError(f"shard {path} is damaged ({error}): delete it and collect again")
+    if len(sizes) > 1:
+        raise UserError("trajectories of different sizes: " + ", ".join(f"{shape} in {path}" for (shape, _), path in sizes.items()))
     batch = TrajectoryBatch.cat(batches)
     return replace(batch, frames=StoredFrames(places)) if stored else batch

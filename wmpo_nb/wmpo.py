@@ -2,14 +2,15 @@
 
 # %% auto #0
 __all__ = ['mix_seed', 'draw_states', 'NothingToLearn', 'decision_frames', 'try_states', 'gather', 'forward_passes',
-           'token_statistics', 'kl_to_start', 'update', 'Waiting', 'trial_film', 'Filmed', 'WithoutAdapters', 'Mean',
-           'Best', 'validate', 'train_wmpo', 'first_frames', 'dream_starts', 'refuse_accumulate', 'main']
+           'token_statistics', 'kl_to_start', 'update', 'Waiting', 'go_back', 'trial_film', 'Filmed', 'WithoutAdapters',
+           'Mean', 'Best', 'validate', 'train_wmpo', 'first_frames', 'dream_starts', 'refuse_accumulate', 'main']
 
 # %% ../nbs/14_wmpo.ipynb #d59f5307
 import math, resource, sys, time
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 # %% ../nbs/14_wmpo.ipynb #c1929b4a
@@ -61,9 +62,9 @@ def decision_frames(batch: TrajectoryBatch) -> TrajectoryBatch:
 # %% ../nbs/14_wmpo.ipynb #d239371e
 def _my_blocks(policy, world, blocks: list, config: GRPOConfig, *, stoppable: bool = True, **options) -> dict:
     "Block number to trajectories, of the blocks of states that are this process's."
-    tried = {}
+    tried, ask = {}, partial(stop_if_asked, "the state before this iteration is saved")
+    if stoppable: options["before_chunk"] = ask
     for i in my_share(len(blocks), evenly=True):
-        if stoppable: stop_if_asked("the state before this iteration is saved")
         batch = rollout(policy, world, blocks[min(i, len(blocks) - 1)], group_size=config.group_size, **options)
         tried[i] = decision_frames(batch)
     return tried
@@ -87,7 +88,7 @@ def _outcomes(tried: dict, count: int, config: GRPOConfig) -> Tensor:
 # %% ../nbs/14_wmpo.ipynb #83b0fbee
 def try_states(policy, world, states: list[InitialState], config: GRPOConfig, **options) -> tuple[list, Tensor]:
     """`config.group_size` trials from each of `states`, shared by all processes: the informative groups in the order of the
-    states, and `_outcomes` of all trials. `options` are those of `rollout`, and `stoppable`: whether SIGTERM is heeded between blocks."""
+    states, and `_outcomes` of all trials. `options` are those of `rollout`, and `stoppable`: whether SIGTERM is heeded between chunks."""
     size, members = config.rollout_groups, config.group_size
     tried = _my_blocks(policy, world, [states[i:i + size] for i in range(0, len(states), size)], config, **options)
     outcome = _outcomes(tried, len(states) * members, config)
@@ -236,12 +237,12 @@ class Waiting:
     def load_state_dict(self, state: dict): self.batch = TrajectoryBatch(**state) if state else None
 
 # %% ../nbs/14_wmpo.ipynb #f3c2ed9e
-def _restore(checkpointer, run, **objects) -> int:
-    "Register what must survive, go back to the last checkpoint if there is one; returns the iteration to start with."
+def go_back(checkpointer, run, stage: str, **objects) -> int:
+    "Register what must survive, go back to the last checkpoint if there is one; returns the step of `stage` to go on with."
     if checkpointer is None: return 0
     if run: objects["ledger"] = run.ledger
     start = checkpointer.register(**objects).restore()
-    if run: run.rewind("grpo", start)
+    if run: run.rewind(stage, start)
     return start
 
 # %% ../nbs/14_wmpo.ipynb #6562dd63
@@ -399,7 +400,7 @@ def train_wmpo(policy: TrainablePolicy, world: World, states: list[InitialState]
     policy, optimizer = prepare_policy(accelerator, policy, config, seed)
     best = Best(trained_part(policy), bool(config.validate_every))
     if run and log is None: log = lambda iteration, **numbers: run.log("grpo", iteration, **numbers)
-    first = _restore(checkpointer, run, policy=best.trained, optimizer=optimizer, waiting=waiting, best=best)
+    first = go_back(checkpointer, run, "grpo", policy=best.trained, optimizer=optimizer, waiting=waiting, best=best)
     before = {} if first else _try_start(best, policy, world, states, config, chunks)
     try:
         for iteration in progress(config.iterations, "grpo", first):
@@ -430,7 +431,9 @@ def first_frames(batch: TrajectoryBatch) -> list[InitialState]:
 def dream_starts(folder) -> list[InitialState]:
     "Where dreams begin: the first frames of the trajectories (*.tar) in `folder`, or its pictures (<number>.png)."
     if any(Path(folder).glob("*.png")): return load_first_frames(folder)
-    return first_frames(read_shards(folder, stored=True))
+    states = first_frames(read_shards(folder, stored=True))
+    if len({state.state_id for state in states}) == len(states): return states
+    return [state._replace(state_id=i) for i, state in enumerate(states)]      # released numbers repeat: they have 8 bits
 
 # %% ../nbs/14_wmpo.ipynb #375bda48
 def _dream(args, preset, stats):
@@ -438,7 +441,8 @@ def _dream(args, preset, stats):
     for name in ("world_model", "vae", "reward", "data"):
         if getattr(args, name) is None: raise UserError(f"a dream needs --{name.replace('_', '-')}; see --help")
     from wmpo_nb.dream import Dream
-    states = dream_starts(args.data)
+    states, side = dream_starts(args.data), preset.task.image_size
+    if (found := tuple(states[0].frame.shape)) != (side, side, 3): raise UserError(f"{args.data} has pictures of {found}, and {preset.name} {side} x {side} pixels")
     device = start_processes().device
     return Dream(*(part.to(device) for part in _dream_parts(args, preset)), stats), states
 
