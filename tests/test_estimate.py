@@ -315,37 +315,38 @@ def test_says_so_when_nothing_helps():
     assert remedy(override(TINY, "sft.batch_size", "2"), "sft", crumb) is None
 
 
-RECIPE = Path(__file__).parent.parent / "docs/recipes/checkpoints.md"
-STAGE_OF = {"wmpo-train-world-model": "alignment", "wmpo_nb.alignment": "alignment", "wmpo-train-reward": "reward_training",
+RECIPES = Path(__file__).parent.parent / "docs/recipes"
+STAGE_OF = {"wmpo-sft": "sft", "wmpo-train-world-model": "alignment", "wmpo_nb.alignment": "alignment", "wmpo-train-reward": "reward_training",
             "wmpo_nb.wmpo": "grpo"}
 
 
-def recipe_commands() -> list[list[str]]:
-    "The training commands of the recipe for the released checkpoints, as words."
-    blocks = re.findall(r"```\n(.*?)```", RECIPE.read_text(), re.S)
+def recipe_commands(page: str) -> list[list[str]]:
+    "The training commands of a recipe, as words."
+    blocks = re.findall(r"```\n(.*?)```", (RECIPES / page).read_text(), re.S)
     words = [shlex.split(line) for block in blocks for line in block.replace("\\\n", " ").splitlines() if "--preset" in line]
     return [w for w in words if set(w) & set(STAGE_OF)]
 
 
-def test_the_recipe_for_the_checkpoints_fits_on_its_gpus():
+@pytest.mark.parametrize("page, stages", [("checkpoints.md", ["alignment", "alignment", "reward_training", "grpo"]), ("mimicgen.md", ["sft"])])
+def test_the_recipes_for_released_networks_fit_on_their_gpus(page, stages):
     "Each training command on GPUs of 80 GB, as many as its launch configuration says, or one."
     found = []
-    for words in recipe_commands():
+    for words in recipe_commands(page):
         option = lambda name, default: words[words.index(name) + 1] if name in words else default
         stage = next(STAGE_OF[w] for w in words if w in STAGE_OF)
         setup, config = Setup(DEVICES["h100"]), option("--config_file", None)
-        if config: setup = configured_setup(RECIPE.parents[2] / config, DEVICES["h100"])
+        if config: setup = configured_setup(RECIPES.parents[1] / config, DEVICES["h100"])
         setup = replace(setup, passes=int(option("--accumulate", "1")), checkpointing=f"--{stage}.activation_checkpointing" in words)
         found.append(stage)
         assert estimate(load_preset(option("--preset", None)), stage, setup).fits, words
-    assert found == ["alignment", "alignment", "reward_training", "grpo"]
+    assert found == stages
 
 
 def test_pretraining_on_the_mixture_fits_as_the_cluster_recipe_launches_it():
-    text = (RECIPE.parent / "cluster.md").read_text()
+    text = (RECIPES / "cluster.md").read_text()
     words = next(block for block in re.findall(r"```bash\n(.*?)```", text, re.S) if "--pretrain oxe" in block).split()
     option = lambda name: words[words.index(name) + 1]
-    setup = replace(configured_setup(RECIPE.parents[2] / option("--config_file"), DEVICES["h100"]), passes=int(option("--accumulate")))
+    setup = replace(configured_setup(RECIPES.parents[1] / option("--config_file"), DEVICES["h100"]), passes=int(option("--accumulate")))
     preset = load_preset(option("--preset"))
     assert estimate(preset, "pretraining", setup).fits and not estimate(preset, "pretraining", replace(setup, passes=1)).fits
 
@@ -367,9 +368,13 @@ def test_dry_run_of_what_trains_nothing(capsys):
     assert "wmpo-collect trains nothing" in capsys.readouterr().err
 
 
-def test_dry_run_knows_every_training_command():
-    for command, field in (("wmpo-train", "grpo"), ("wmpo-sft", "sft"), ("wmpo-train-vae", "vae_training")):
-        assert module.COMMANDS[command] == (field,) and hasattr(TINY, field)
+def test_practice_that_measures_its_distance_holds_one_more_policy():
+    plain, measured = (estimate(override(TINY, "grpo.start_kl", text), "grpo", CPU) for text in ("false", "true"))
+    assert measured.memory["other networks"] - plain.memory["other networks"] == pytest.approx(plain.memory["weights"], rel=0.01)
+    assert measured.flops > plain.flops
+    adapters = override(TINY, "grpo.lora_rank", "4")                     # the policy without them is at hand
+    one, other = (estimate(override(adapters, "grpo.start_kl", text), "grpo", CPU).memory for text in ("false", "true"))
+    assert one["other networks"] == other["other networks"]
 
 
 @pytest.mark.parametrize("words, stage", [([], "reward_pretraining"), (["--start", "a.safetensors"], "reward_training")])

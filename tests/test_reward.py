@@ -1,13 +1,15 @@
 "The judge's promises: the earliest clip decides, nothing after the end counts, F1 and threshold as by hand, exact resume."
+import json
+import os
 from dataclasses import replace
 
 import pytest
 import torch
-from wmpo_nb.presets import RewardConfig, RewardTrainConfig, UserError
+from wmpo_nb.presets import RewardConfig, RewardTrainConfig, UserError, load_preset
 from wmpo_nb.reward import (
-    SuccessClassifier, augment, calibrate, clip_ends, clip_pools, clips_at, decide, f1_score, hardest, load_reward, main,
-    preprocess, sample_clips, save_reward, select_threshold, split_trajectories, train_reward, trajectory_scores)
-from wmpo_nb.run import Checkpointer
+    SuccessClassifier, augment, calibrate, clip_ends, clip_pools, clips_at, decide, f1_score, hardest, load_pretrained, load_reward, main,
+    preprocess, sample_clips, save_reward, select_threshold, split_trajectories, start_of, train_reward, trajectory_scores)
+from wmpo_nb.run import Checkpointer, save_tensors
 from wmpo_nb.trajectory import TrajectoryBatch, write_shard
 
 SMALL = RewardConfig(image_size=16, patch_size=8, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32)
@@ -237,6 +239,91 @@ def test_saved_and_loaded(tmp_path):
     (tmp_path / "bad.pth").write_bytes(b"short")
     for name in ("absent.safetensors", "bad.pth", "absent.pth"):
         with pytest.raises(UserError): load_reward(tmp_path / name, SMALL)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    "(folder, network) of a VideoMAE with its decoder, as transformers saves it: 16 frames, and a last normalisation, as its authors' have."
+    from transformers import VideoMAEConfig, VideoMAEForPreTraining
+    torch.manual_seed(3)
+    network = VideoMAEForPreTraining(VideoMAEConfig(
+        image_size=16, patch_size=8, num_frames=16, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        decoder_hidden_size=8, decoder_num_hidden_layers=1, decoder_num_attention_heads=1, decoder_intermediate_size=8, use_mean_pooling=False))
+    for parameter in network.parameters(): torch.nn.init.normal_(parameter)        # biases too, which begin at 0
+    folder = tmp_path_factory.mktemp("videomae")
+    network.save_pretrained(folder)
+    return folder, network
+
+
+@pytest.mark.parametrize("pooling", [True, False])
+@pytest.mark.parametrize("name", ["", "model.safetensors"])
+def test_a_pretrained_encoder_is_taken_whole_and_the_head_is_fresh(pretrained, name, pooling):
+    folder, network = pretrained
+    config = replace(SMALL, use_mean_pooling=pooling)
+    torch.manual_seed(0)
+    classifier = start_of(folder / name, replace(load_preset("tiny_lift"), reward=config))
+    saved, fresh = network.videomae.state_dict(), small_classifier(use_mean_pooling=pooling)
+    if pooling: saved = {key: value for key, value in saved.items() if not key.startswith("layernorm.")}
+    assert classifier.config == config and classifier.videomae.state_dict().keys() == saved.keys()
+    assert all(torch.equal(value, saved[key]) for key, value in classifier.videomae.state_dict().items())
+    head = lambda model: {key: value for key, value in model.state_dict().items() if not key.startswith("videomae.")}
+    assert len(head(classifier)) == (4 if pooling else 2)
+    assert all(torch.equal(value, head(fresh)[key]) for key, value in head(classifier).items())
+    if pooling: assert (classifier.fc_norm.weight == 1).all() and (classifier.fc_norm.bias == 0).all()
+
+
+def test_a_pretrained_encoder_computes_what_transformers_makes_of_it(pretrained):
+    "The released code's call: `from_pretrained` with 8 frames and two labels."
+    from transformers import VideoMAEForVideoClassification
+    theirs = VideoMAEForVideoClassification.from_pretrained(pretrained[0], num_frames=8, num_labels=2, use_mean_pooling=True).eval()
+    ours, pixels = load_pretrained(pretrained[0], SMALL), torch.randn(2, 8, 3, 16, 16)
+    with torch.no_grad(): found, expected = (model.videomae(pixels).last_hidden_state for model in (ours, theirs))
+    assert torch.allclose(found, expected, atol=1e-5) and expected.std() > 0.1
+
+
+def test_a_pretrained_network_that_does_not_fit_is_refused_in_one_line(pretrained, tmp_path):
+    folder, network = pretrained
+    for change, said in (({"hidden_size": 32}, "in the file and"), ({"num_layers": 2}, "is missing"), ({"num_layers": 0}, "not in the network"),
+                         ({"num_heads": 4}, "2 attention heads")):
+        with pytest.raises(UserError, match=said) as refusal: load_pretrained(folder, replace(SMALL, **change))
+        assert len(str(refusal.value).splitlines()) == 1
+    with pytest.raises(UserError): load_reward(folder, SMALL)                # without a trained head it is no judge
+    decoder = {key: value for key, value in network.state_dict().items() if not key.startswith("videomae.")}
+    save_tensors(tmp_path / "decoder/model.safetensors", decoder)
+    with pytest.raises(UserError, match="is missing"): load_pretrained(tmp_path / "decoder", SMALL)
+    (tmp_path / "decoder/config.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"): load_pretrained(tmp_path / "decoder", SMALL)
+    with pytest.raises(UserError, match="not found|no files"): start_of(tmp_path / "none", load_preset("tiny_lift"))
+
+
+class Attack:
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return os.mkdir, (str(self.path),)
+
+
+def test_a_pickled_network_is_read_and_never_run(pretrained, tmp_path):
+    (tmp_path / "safe").mkdir()
+    torch.save(pretrained[1].state_dict(), tmp_path / "safe/pytorch_model.bin")
+    loaded, expected = load_pretrained(tmp_path / "safe", SMALL), load_pretrained(pretrained[0], SMALL)
+    assert all(torch.equal(value, expected.videomae.state_dict()[key]) for key, value in loaded.videomae.state_dict().items())
+    (tmp_path / "bad").mkdir()
+    torch.save({"a": Attack(tmp_path / "executed")}, tmp_path / "bad/pytorch_model.bin")
+    with pytest.raises(UserError, match="more than tensors"): load_pretrained(tmp_path / "bad", SMALL)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_the_command_starts_from_a_pretrained_network(pretrained, tmp_path, capsys):
+    write_shard(tmp_path / "data/a.tar", trials(size=16))
+    shape = json.loads((pretrained[0] / "config.json").read_text())
+    argv = ["--data", str(tmp_path / "data"), "--start", str(pretrained[0]), "--output", str(tmp_path / "run"), "--reward_training.steps", "2",
+            "--reward.num_layers", str(shape["num_hidden_layers"]), "--reward.num_heads", str(shape["num_attention_heads"])]
+    argv += [f"--reward.{name}={shape[name]}" for name in ("image_size", "patch_size", "hidden_size", "intermediate_size")]
+    assert main(argv) == 0 and "f1" in capsys.readouterr().out
+    near, encoder = load_reward(tmp_path / "run/reward.safetensors").videomae, pretrained[1].videomae     # two steps do not go far
+    distance = lambda other: (other.encoder.layer[0].output.dense.weight - encoder.encoder.layer[0].output.dense.weight).abs().mean()
+    assert distance(near) < 0.05 < 0.5 < distance(small_classifier().videomae)
+    assert main([*argv[:-1], "--reward.intermediate_size=64", "--output", str(tmp_path / "b")]) == 2
+    assert "in the file and" in capsys.readouterr().err
 
 
 def test_command(tmp_path, capsys):

@@ -486,6 +486,10 @@ OTHER_DIFFERENCES += (
     ("epsilon of AdamW", "-", "1e-15 in the world model", "PyTorch's 1e-8"),
     ("starts of later draws", "-", "those not drawn yet, until all were", "drawn anew: some may repeat"),
     ("optimiser of the alignment", "-", "state and schedule of pre-training go on", "begins anew, with a warm-up"),
+    ("start of the judge", "VideoMAE", "VideoMAE-base", "what `--start` names, VideoMAE-base in the recipe; without it random weights"),
+    ("which weights of the judge", "-", "the best F1 of checks every 500 steps", "the last ones"),
+    ("threshold of the judge", "-", "best F1 of 20 values from 0.3 to 1, later of 30 from 0 to 1", "best F1 of 49 values from 0.02 to 0.98, the middle one of equals"),
+    ("positive clips of the judge", "-", "one of each success, its last frame the one before success", "every clip of a success whose last frame shows it"),
     ("cloning of the base policy", "-", "crops and colours; loss also on the stop token; a tenth of the rate after 100,000 steps", "shifts; loss on the action tokens; one rate"),
 )
 

@@ -5,13 +5,16 @@ __all__ = ['RELEASED_NAMES', 'NEGATIVE_SHARES', 'resize_and_crop', 'preprocess',
            'rename_keys', 'write_released_keys', 'read_released_keys', 'score_clips', 'clip_ends', 'trajectory_scores',
            'decide', 'judge', 'clip_pools', 'clips_at', 'sample_clips', 'augment', 'hardest', 'f1_score',
            'select_threshold', 'calibrate', 'split_trajectories', 'block_named', 'checked_pools', 'mined_clips',
-           'clip_terms', 'train_reward', 'save_reward', 'load_reward', 'load_pth', 'save_pth', 'main']
+           'clip_terms', 'train_reward', 'save_reward', 'load_reward', 'load_pth', 'save_pth', 'check_heads',
+           'load_pretrained', 'start_of', 'main']
 
 # %% ../nbs/11_reward.ipynb #852bffb9
+import json
 import shutil
 import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 # %% ../nbs/11_reward.ipynb #b9f74e56
 import torch
@@ -21,8 +24,8 @@ from torch.nn import functional as F
 # %% ../nbs/11_reward.ipynb #02aa1e4d
 from .presets import Preset, RewardConfig, RewardTrainConfig, UserError
 from .run import (
-    EMA, check_fits, command, config_of, fast_precision, is_main, load_into, load_pickled, make_optimizer, open_run,
-    parse_preset, prepare, preset_parser, progress, save_tensors, save_weights, start_processes, train_step)
+    EMA, check_fits, command, config_of, fast_precision, is_main, load_into, load_pickled, load_tensors, load_weights,
+    make_optimizer, open_run, parse_preset, prepare, preset_parser, progress, save_tensors, save_weights, start_processes, train_step)
 from .trajectory import TrajectoryBatch, read_shards
 
 # %% ../nbs/11_reward.ipynb #78126d8d
@@ -342,16 +345,50 @@ def save_pth(path, classifier: SuccessClassifier):
     "Write the weights as the released `videomae_<task>.pth` are: one flat state dict, readable with `weights_only`."
     save_tensors(path, classifier.state_dict())
 
+# %% ../nbs/11_reward.ipynb #5c9e41f2
+def check_heads(path, config: RewardConfig):
+    "Raise `UserError` if the config.json of the VideoMAE at `path`, when there is one, has other attention heads: no shape shows them."
+    file = (Path(path) if Path(path).is_dir() else Path(path).parent) / "config.json"
+    if not file.is_file(): return
+    try: heads = json.loads(file.read_text()).get("num_attention_heads", config.num_heads)
+    except (ValueError, AttributeError): raise UserError(f"{file} is damaged: download it again") from None
+    if heads != config.num_heads: raise UserError(f"{path} has {heads} attention heads and the network {config.num_heads}: choose another preset")
+
+# %% ../nbs/11_reward.ipynb #0f7a86d4
+def load_pretrained(path, config: RewardConfig) -> SuccessClassifier:
+    """A classifier of shape `config` with the encoder of a VideoMAE as transformers saves it, and a fresh head.
+
+    `path` is its folder or file. Raises `UserError` when a file is missing or damaged, or the encoder does not fit."""
+    check_heads(path, config)
+    classifier, saved = SuccessClassifier(config), load_tensors(path, torch.float32)
+    rename_keys(saved, RELEASED_NAMES)
+    own = classifier.state_dict()
+    unused = lambda key: key.startswith("videomae.layernorm.") and config.use_mean_pooling
+    encoder = {key: value for key, value in saved.items() if key.startswith("videomae.") and not unused(key)}
+    state = {key: value for key, value in own.items() if not key.startswith("videomae.")} | encoder
+    check_fits(classifier, state, path)
+    classifier.load_state_dict(state)
+    return classifier.eval()
+
+# %% ../nbs/11_reward.ipynb #e8127b9a
+def start_of(path, preset: Preset) -> SuccessClassifier:
+    "The classifier that training starts from: of our own file, a released `.pth`, or a pre-trained VideoMAE (a folder, or a file without our configuration)."
+    if Path(path).is_dir() or (Path(path).suffix == ".safetensors" and not load_weights(path)[1]): return load_pretrained(path, preset.reward)
+    return load_reward(path, preset=preset)
+
 # %% ../nbs/11_reward.ipynb #d9930f44
 def _parser():
     parser = preset_parser("wmpo-train-reward", "Train the success classifier on real trajectories, seen through the VAE.",
                            "wmpo-train-reward --preset tiny_lift --data runs/collect --vae runs/vae/vae.safetensors --output runs/reward\n"
                            "wmpo-train-reward --data runs/collect --vae vae.safetensors --start reward.safetensors --output runs/reward\n"
                            "wmpo-train-reward --preset coffee_128 --data runs/collect/data --vae CHECKPOINTS/world_models/vae "
-                           "--start CHECKPOINTS/reward_models/videomae_coffee.pth --output runs/reward")
+                           "--start CHECKPOINTS/reward_models/videomae_coffee.pth --output runs/reward\n"
+                           "wmpo-train-reward --preset coffee_128 --data runs/collect/data --vae CHECKPOINTS/world_models/vae "
+                           "--start VIDEOMAE_BASE --output runs/reward")
     parser.add_argument("--data", required=True, metavar="DIR", help="folder of trajectories (*.tar), from wmpo-collect")
     parser.add_argument("--vae", metavar="PATH", help="pass the frames through this VAE (a file, or a diffusers folder) first, as dreams are (recommended)")
-    parser.add_argument("--start", metavar="FILE", help="fine-tune these weights, ours or a released .pth; without it training starts from random ones")
+    parser.add_argument("--start", metavar="PATH", help="fine-tune these weights: ours, a released .pth, or a pre-trained VideoMAE (its folder, "
+                        "or its .safetensors file), whose encoder is taken; without it training starts from random ones")
     return parser
 
 # %% ../nbs/11_reward.ipynb #c0ca3c16
@@ -363,7 +400,7 @@ def main(argv=None):
     config = preset.reward_training if args.start or not preset.reward_pretraining.steps else preset.reward_pretraining
     torch.manual_seed(args.seed)
     accelerator = start_processes()
-    classifier = (load_reward(args.start, preset=preset) if args.start else SuccessClassifier(preset.reward)).to(accelerator.device)
+    classifier = (start_of(args.start, preset) if args.start else SuccessClassifier(preset.reward)).to(accelerator.device)
     batch = read_shards(args.data, stored=True)
     run = open_run(args, preset, "wmpo-train-reward", ("data", "vae", "start"))
     with run.stage("reward"):
