@@ -261,7 +261,7 @@ def test_a_pretrained_encoder_is_taken_whole_and_the_head_is_fresh(pretrained, n
     folder, network = pretrained
     config = replace(SMALL, use_mean_pooling=pooling)
     torch.manual_seed(0)
-    classifier = start_of(folder / name, replace(load_preset("tiny_lift"), reward=config))
+    classifier = start_of(folder / name, replace(load_preset("tiny_lift", {"reward_training.steps": "2"}), reward=config))
     saved, fresh = network.videomae.state_dict(), small_classifier(use_mean_pooling=pooling)
     if pooling: saved = {key: value for key, value in saved.items() if not key.startswith("layernorm.")}
     assert classifier.config == config and classifier.videomae.state_dict().keys() == saved.keys()
@@ -322,6 +322,8 @@ def test_the_command_starts_from_a_pretrained_network(pretrained, tmp_path, caps
     near, encoder = load_reward(tmp_path / "run/reward.safetensors").videomae, pretrained[1].videomae     # two steps do not go far
     distance = lambda other: (other.encoder.layer[0].output.dense.weight - encoder.encoder.layer[0].output.dense.weight).abs().mean()
     assert distance(near) < 0.05 < 0.5 < distance(small_classifier().videomae)
+    assert main([*argv, "--reward_training.steps", "0", "--output", str(tmp_path / "c")]) == 2          # the tiny presets' default
+    assert "no head that tells success" in capsys.readouterr().err and not (tmp_path / "c").exists()
     assert main([*argv[:-1], "--reward.intermediate_size=64", "--output", str(tmp_path / "b")]) == 2
     assert "in the file and" in capsys.readouterr().err
 

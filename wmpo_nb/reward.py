@@ -373,8 +373,10 @@ def load_pretrained(path, config: RewardConfig) -> SuccessClassifier:
 # %% ../nbs/11_reward.ipynb #e8127b9a
 def start_of(path, preset: Preset) -> SuccessClassifier:
     "The classifier that training starts from: of our own file, a released `.pth`, or a pre-trained VideoMAE (a folder, or a file without our configuration)."
-    if Path(path).is_dir() or (Path(path).suffix == ".safetensors" and not load_weights(path)[1]): return load_pretrained(path, preset.reward)
-    return load_reward(path, preset=preset)
+    pretrained = Path(path).is_dir() or (Path(path).suffix == ".safetensors" and not load_weights(path)[1])
+    if pretrained and not preset.reward_training.steps:
+        raise UserError(f"{path} has no head that tells success: train one with --reward_training.steps N")
+    return load_pretrained(path, preset.reward) if pretrained else load_reward(path, preset=preset)
 
 # %% ../nbs/11_reward.ipynb #d9930f44
 def _parser():
