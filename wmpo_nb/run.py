@@ -884,11 +884,10 @@ class Run:
 
     def __init__(self, output, preset: Preset, command: str, seed: int = 0, resume: bool = False, keep: int = 2, log_with=()):
         self.folder, self.preset, self.command, self.seed, self.keep = Path(output), preset, command, seed, keep
-        self.ledger, self._writers, self._done = Ledger(), {}, []
+        self.ledger, self._writers, self._done, self._trackers = Ledger(), {}, [], make_trackers(log_with, command)
         self.weights = None                                      # digests, once `start_from` has noted them
         self._rewound = set() if resume else None                # stages whose old entries are gone
         if is_main(): self._claim({"command": command, "seed": seed, "preset": preset.to_dict()}, resume)
-        self._trackers = make_trackers(log_with, command)
         for tracker in self._trackers: tracker.store_init_configuration({"seed": seed} | preset.to_dict())
         if resume: self._recall()
 
