@@ -276,10 +276,11 @@ def test_bad_input_is_answered_before_work(capsys, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_variants_are_chosen_on_as_many_states_after_a_resume(capsys, tmp_path):
-    words = ["dpo", "--output", str(tmp_path / "run"), "--collect.trajectories", "8"]
-    def chosen(count): return baselines._settings(baselines._parser().parse_known_args([*words, "--selection", str(count)])[0])
-    assert chosen(8) != chosen(64) and chosen(8) == chosen(8)
+@pytest.mark.parametrize("method", ["grpo", "dpo"])
+def test_variants_are_chosen_on_as_many_states_after_a_resume(method):
+    "What a run is called is compared when it is resumed."
+    few, many = (baselines._settings(baselines._parser().parse_args([method, "--selection", count])) for count in ("8", "64"))
+    assert few != many
 
 
 def test_the_commands_in_the_simulator_killed_and_resumed(tmp_path):

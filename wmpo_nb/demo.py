@@ -133,8 +133,8 @@ def one_round(run: Run, parts: Parts, policy, batch: TrajectoryBatch, *, begin: 
 def run_rounds(run: Run, parts: Parts, cache: Path, workers: int | None = None, **options) -> tuple:
     "All rounds of collecting, aligning and practising; the last dream and the policy. `options` are those of `one_round`, `practise`."
     preset, rounds, policy, batches = run.preset, run.preset.collect.rounds, parts.policy(), []
-    if not 0 < rounds <= min(preset.collect.trajectories, preset.grpo.iterations):
-        raise UserError(f"collect.rounds is {rounds}: each round needs a trajectory and an iteration, and one round is the least")
+    if rounds > min(preset.collect.trajectories, preset.grpo.iterations):
+        raise UserError(f"collect.rounds is {rounds}: each round needs a trajectory and an iteration")
     for number in range(rounds):
         name = f"round{number + 1}"
         inner = run if number + 1 == rounds else run.inner(name)

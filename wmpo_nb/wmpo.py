@@ -62,8 +62,8 @@ def decision_frames(batch: TrajectoryBatch) -> TrajectoryBatch:
 # %% ../nbs/14_wmpo.ipynb #d239371e
 def _my_blocks(policy, world, blocks: list, config: GRPOConfig, *, stoppable: bool = True, **options) -> dict:
     "Block number to trajectories, of the blocks of states that are this process's."
-    tried, ask = {}, partial(stop_if_asked, "the state before this iteration is saved")
-    if stoppable: options["before_chunk"] = ask
+    tried = {}
+    if stoppable: options["before_chunk"] = partial(stop_if_asked, "the state before this iteration is saved")
     for i in my_share(len(blocks), evenly=True):
         batch = rollout(policy, world, blocks[min(i, len(blocks) - 1)], group_size=config.group_size, **options)
         tried[i] = decision_frames(batch)
