@@ -970,6 +970,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'wmpo_nb.run.is_main': ('run.html#is_main', 'wmpo_nb/run.py'),
                              'wmpo_nb.run.is_sharded': ('run.html#is_sharded', 'wmpo_nb/run.py'),
                              'wmpo_nb.run.learning_rate_at': ('run.html#learning_rate_at', 'wmpo_nb/run.py'),
+                             'wmpo_nb.run.load_config': ('run.html#load_config', 'wmpo_nb/run.py'),
                              'wmpo_nb.run.load_into': ('run.html#load_into', 'wmpo_nb/run.py'),
                              'wmpo_nb.run.load_metrics': ('run.html#load_metrics', 'wmpo_nb/run.py'),
                              'wmpo_nb.run.load_pickled': ('run.html#load_pickled', 'wmpo_nb/run.py'),

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 # %% ../nbs/11_reward.ipynb #02aa1e4d
 from .presets import Preset, RewardConfig, RewardTrainConfig, UserError
 from .run import (
-    EMA, check_fits, command, config_of, fast_precision, is_main, load_into, load_pickled, load_tensors, load_weights,
+    EMA, check_fits, command, config_of, fast_precision, is_main, load_config, load_into, load_pickled, load_tensors,
     make_optimizer, open_run, parse_preset, prepare, preset_parser, progress, save_tensors, save_weights, start_processes, train_step)
 from .trajectory import TrajectoryBatch, read_shards
 
@@ -373,7 +373,7 @@ def load_pretrained(path, config: RewardConfig) -> SuccessClassifier:
 # %% ../nbs/11_reward.ipynb #e8127b9a
 def start_of(path, preset: Preset) -> SuccessClassifier:
     "The classifier that training starts from: of our own file, a released `.pth`, or a pre-trained VideoMAE (a folder, or a file without our configuration)."
-    pretrained = Path(path).is_dir() or (Path(path).suffix == ".safetensors" and not load_weights(path)[1])
+    pretrained = Path(path).is_dir() or (Path(path).suffix == ".safetensors" and not load_config(path))
     if pretrained and not preset.reward_training.steps:
         raise UserError(f"{path} has no head that tells success: train one with --reward_training.steps N")
     return load_pretrained(path, preset.reward) if pretrained else load_reward(path, preset=preset)
