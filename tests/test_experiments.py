@@ -16,7 +16,7 @@ from wmpo_nb import simulator as simulator_room
 from wmpo_nb.demo import SHIPPED, Parts, weight_digests
 from wmpo_nb.evaluation import evaluate
 from wmpo_nb.experiments import (ABLATIONS, EXPERIMENTS, KINDS, BranchedDream, Cell, Job, artefact, branch_points, cells_of, changed_fields,
-                                 check_alike, collate, displaced, disturb, failed_grasps, is_finished, job_name, main, matching_demo, only, open_lock, plan, read_json, result_of, run_jobs,
+                                 check_alike, collate, displaced, disturb, failed_grasps, is_finished, job_name, left_out, main, matching_demo, only, open_lock, plan, read_json, result_of, run_jobs,
                                  same_preset, vary, watch_trial, write_json)
 from wmpo_nb.presets import PRESETS, UserError, load_preset, override, seeds_for
 from wmpo_nb.results import PAGES
@@ -136,6 +136,44 @@ def test_cells_of_different_weights_or_settings_share_no_page(tmp_path):
             with pytest.raises(UserError, match=complaint): collate(tmp_path, experiment, tmp_path / "results")
         cell.unlink()
     check_alike(tmp_path, "table1")
+
+
+def test_a_result_file_is_extended_and_never_overwritten(tmp_path, capsys):
+    def add(root, method, seed, weights="aaaa", **more):
+        folder = tmp_path / root / job_name("table1", PRESET, seed, method)
+        found = {"experiment": "table1", "preset": "tiny_lift", "P": None if method == "base" else 128, "seed": seed, "method": method, "ledger": {}}
+        write_json(folder / "cell.json", found | {"outcome": {"states": [0, 3], "success": "0011", "mean_steps": 9.0}} | more)
+        write_json(folder / "config.json", {"preset": PRESET.to_dict()})
+        write_json(folder / "weights.json", {"policy_lift/model.safetensors": weights})
+        write_json(tmp_path / root / "table1/commands.json", [f"wmpo-experiment table1 --seeds {seed}"])
+    def cells(): return {(c["method"], c["seed"]): c["outcome"]["success"] for c in read_json(file)["cells"]}
+    results, file = tmp_path / "results", tmp_path / "results/table1.json"
+    add("here", "base", 0), add("here", "dpo", 0)
+    collate(tmp_path / "here", "table1", results)
+    before = file.read_bytes()
+    # another machine, another seed: refused before any work, unless told to keep what is there
+    add("there", "base", 1), add("there", "dpo", 1, outcome={"states": [0, 3], "success": "1111", "mean_steps": 9.0})
+    jobs = plan("table1", PRESET, [128], [1])
+    assert left_out(file, tmp_path / "there", jobs) == {job_name("table1", PRESET, 0, m) for m in ("base", "dpo")}
+    assert left_out(file, tmp_path / "here", jobs) == left_out(file, tmp_path / "there", plan("table1", PRESET, [128], [0, 1])) == set()
+    said = message(capsys, "table1", "--seeds", "1", "--output", str(tmp_path / "there"), "--results", str(results))
+    assert "2 cells" in said and "--extend" in said and file.read_bytes() == before
+    collate(tmp_path / "there", "table1", results, extend=True)
+    assert cells() == {("base", 0): "0011", ("dpo", 0): "0011", ("base", 1): "0011", ("dpo", 1): "1111"}
+    assert len(read_json(file)["commands"]) == 2 and "Seeds: 0, 1" in (results / "table1.md").read_text()
+    add("there", "dpo", 1)                                                     # a cell that was made again replaces the older one
+    collate(tmp_path / "there", "table1", results, extend=True)
+    assert cells()[("dpo", 1)] == "0011" and len(cells()) == 4
+    # other weights, other settings, or nobody knows: not on this page
+    extended = file.read_bytes()
+    add("else", "base", 2, weights="bbbb")
+    with pytest.raises(UserError, match="table1.json and .* differ in the weights policy_lift"): collate(tmp_path / "else", "table1", results, extend=True)
+    add("else", "base", 2)
+    write_json(tmp_path / "else" / job_name("table1", PRESET, 2, "base") / "config.json", {"preset": override(PRESET, "grpo.groups", "2").to_dict()})
+    with pytest.raises(UserError, match="--grpo.groups"): collate(tmp_path / "else", "table1", results, extend=True)
+    assert file.read_bytes() == extended
+    write_json(file, read_json(file) | {"made_with": {}})
+    with pytest.raises(UserError, match="does not say"): collate(tmp_path / "there", "table1", results, extend=True)
 
 
 def test_a_cell_is_filled_by_one_process_at_a_time(tmp_path):
