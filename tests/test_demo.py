@@ -12,8 +12,8 @@ import pytest
 
 from helpers import refusal
 from wmpo_nb import demo
-from wmpo_nb.demo import SHIPPED, TRAINED, main, practice_log, practise, share, weight_digests
-from wmpo_nb.presets import load_preset
+from wmpo_nb.demo import SHIPPED, TRAINED, iterations_of, main, practice_log, practise, share, weight_digests
+from wmpo_nb.presets import GRPOConfig, load_preset
 from wmpo_nb.run import Run
 
 TINY = ["--fast", "--workers", "2", "--collect.trajectories", "24", "--collect.rounds", "2", "--alignment.steps", "3", "--reward_training.steps", "3",
@@ -132,6 +132,12 @@ def test_each_round_is_told_of_its_own_trajectories(runs):
     shards = sorted(path.name for path in (runs[0] / "cache").rglob("30*.tar"))
     assert shards == ["3000000_12.tar", "3000012_12.tar"]
     assert [share(7, 3, i) for i in range(3)] == [2, 2, 3]
+
+
+def test_rounds_practise_whole_means_if_there_are_enough():
+    def shares(iterations, every, rounds): return [iterations_of(GRPOConfig(iterations=iterations, validate_every=every), rounds, i) for i in range(rounds)]
+    assert shares(40, 5, 1) == [40] and shares(40, 5, 2) == [20, 20] and shares(40, 5, 3) == [10, 15, 15]     # not 13, 13, 14: three of each for nothing
+    assert shares(43, 5, 3) == [10, 15, 18] and shares(40, 0, 3) == [13, 13, 14] and shares(2, 5, 2) == [1, 1] and shares(2, 5, 1) == [2]
 
 
 def test_rounds_need_something_to_do(capsys, tmp_path):

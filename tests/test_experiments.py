@@ -16,7 +16,7 @@ from wmpo_nb import simulator as simulator_room
 from wmpo_nb.demo import SHIPPED, Parts, weight_digests
 from wmpo_nb.evaluation import evaluate
 from wmpo_nb.experiments import (ABLATIONS, EXPERIMENTS, KINDS, BranchedDream, Cell, Job, artefact, branch_points, cells_of, changed_fields,
-                                 check_alike, collate, displaced, disturb, failed_grasps, is_finished, job_name, left_out, main, matching_demo, only, open_lock, plan, read_json, result_of, run_jobs,
+                                 check_alike, collate, displaced, disturb, failed_grasps, is_finished, check_kept, job_name, main, matching_demo, only, open_lock, plan, read_json, result_of, run_jobs,
                                  same_preset, vary, watch_trial, write_json)
 from wmpo_nb.presets import PRESETS, UserError, load_preset, override, seeds_for
 from wmpo_nb.results import PAGES
@@ -101,6 +101,11 @@ def test_a_cell_of_other_settings_is_refused(tmp_path):
     assert is_finished(tmp_path, job)
     with pytest.raises(UserError, match="other settings"):
         is_finished(tmp_path, job._replace(preset=override(PRESET, "grpo.iterations", "3")))
+    three = Job("lifelong", "lifelong", PRESET, 0, {"rounds": 3})              # what only its options say counts as well
+    Cell(three, tmp_path, SHIPPED, tmp_path / "cache").run.close()
+    write_json(tmp_path / "lifelong/cell.json", {})
+    assert is_finished(tmp_path, three, SHIPPED)
+    with pytest.raises(UserError, match="other settings"): is_finished(tmp_path, three._replace(options={"rounds": 4}), SHIPPED)
 
 
 def test_a_cell_from_other_weights_is_refused(tmp_path):
@@ -154,8 +159,9 @@ def test_a_result_file_is_extended_and_never_overwritten(tmp_path, capsys):
     # another machine, another seed: refused before any work, unless told to keep what is there
     add("there", "base", 1), add("there", "dpo", 1, outcome={"states": [0, 3], "success": "1111", "mean_steps": 9.0})
     jobs = plan("table1", PRESET, [128], [1])
-    assert left_out(file, tmp_path / "there", jobs) == {job_name("table1", PRESET, 0, m) for m in ("base", "dpo")}
-    assert left_out(file, tmp_path / "here", jobs) == left_out(file, tmp_path / "there", plan("table1", PRESET, [128], [0, 1])) == set()
+    with pytest.raises(UserError, match="2 cells .* such as table1/tiny_lift/P0/seed0/base"): check_kept(file, tmp_path / "there", jobs)
+    check_kept(file, tmp_path / "here", jobs), check_kept(file, tmp_path / "there", plan("table1", PRESET, [128], [0, 1]))
+    with pytest.raises(UserError, match="--extend"): collate(tmp_path / "there", "table1", results)       # nor at the end, hours later
     said = message(capsys, "table1", "--seeds", "1", "--output", str(tmp_path / "there"), "--results", str(results))
     assert "2 cells" in said and "--extend" in said and file.read_bytes() == before
     collate(tmp_path / "there", "table1", results, extend=True)
@@ -178,9 +184,21 @@ def test_a_result_file_is_extended_and_never_overwritten(tmp_path, capsys):
 
 def test_a_cell_is_filled_by_one_process_at_a_time(tmp_path):
     held = open_lock(tmp_path / "cell")
-    with pytest.raises(UserError, match="another process"): open_lock(tmp_path / "cell")
+    code = f"from pathlib import Path; from wmpo_nb.experiments import open_lock; open_lock(Path(r'{tmp_path}/cell')); print('mine', flush=True)"
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert "another process" in other.stdout.readline() and other.poll() is None
     held.close()
-    open_lock(tmp_path / "cell").close()
+    assert other.stdout.readline() == "mine\n" and other.wait(60) == 0
+
+
+def test_a_cell_that_another_command_filled_meanwhile_is_not_done_again(tmp_path):
+    jobs, runs = [Job("first", "x", PRESET, 0), Job("second", "x", PRESET, 0)], []
+    def start(job):
+        runs.append(job.name)
+        (tmp_path / "second").mkdir()
+        subprocess.run(writer(tmp_path)(jobs[1]), check=True)                  # somebody else, while ours is at the first
+        return writer(tmp_path)(job)
+    assert run_jobs(tmp_path, jobs, start, 1) == [] and runs == ["first"]
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])

@@ -15,8 +15,8 @@ MARKDOWN = "\n".join("".join(cell["source"]) for cell in CELLS if cell["cell_typ
 @pytest.fixture(scope="module")
 def result_table():
     "The function of the index that writes the table of results."
-    from wmpo_nb.evaluation import wilson
-    names = {"wilson": wilson, "json": json}
+    from wmpo_nb.evaluation import over_trainings, wilson
+    names = {"over_trainings": over_trainings, "wilson": wilson, "json": json}
     for cell in CELLS:
         source = "".join(cell["source"])
         if cell["cell_type"] == "code" and "def result_" in source: exec(source, names)

@@ -8,7 +8,7 @@ import pytest
 
 from wmpo_nb.evaluation import Evaluation
 from wmpo_nb.presets import UserError
-from wmpo_nb.report import (caveats, in_words, line_chart, load_record, main, nice_ticks, page, pooled, save_record,
+from wmpo_nb.report import (caveats, in_words, line_chart, load_record, main, nice_ticks, page, pooled, results_markdown, save_record,
                             summary, write_report, write_results)
 
 VOID = {"meta", "img", "br", "line", "polyline"}
@@ -122,6 +122,7 @@ def test_words_match_the_test():
     assert "1 time in a million" in in_words(base, Evaluation.from_dict(outcomes(40)))
     assert "luck" in in_words(base, Evaluation.from_dict(outcomes(12)))
     assert "no difference" in in_words(base, base)
+    assert "evidence that it did harm" in in_words(better, base) and "harm" not in in_words(base, better)
 
 
 def test_the_page_names_its_own_weaknesses(record):
@@ -130,6 +131,14 @@ def test_the_page_names_its_own_weaknesses(record):
     record["fast"], record["evaluations"]["WMPO"] = True, outcomes(11)
     assert any("--fast" in c for c in caveats(record)) and any("zero" in c for c in caveats(record))
     assert all(c in read(page(record)).text for c in caveats(record))
+    record["evaluations"]["WMPO"] = outcomes(1)
+    assert any("worse than the one" in c for c in caveats(record)) and not any("zero" in c for c in caveats(record))
+
+
+def test_other_starts_are_no_pairs(record):
+    record["evaluations"]["WMPO"]["state_id"][0] = 99
+    for made in (page, caveats):
+        with pytest.raises(UserError, match="'WMPO' was not tried on the same starts"): made(record)
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (0, 100), (3, 3.4), (-5, 12), (0, 1e-4), (0.9999, 1.0)])
@@ -183,6 +192,9 @@ def test_seeds_are_pooled(seeds):
     assert numbers["base"]["successes"] == 20 and numbers["wmpo"]["successes"] == 35 and numbers["base"]["n"] == 80
     assert numbers["difference"][0] == pytest.approx(15 / 80, abs=1e-4) and numbers["mcnemar_p"] == pytest.approx(2 / 2**15)
     assert [run["seed"] for run in numbers["runs"]] == [3, 4] and numbers["runs"][1]["difference"][0] == 0
+    assert "fewer than three trainings" in results_markdown(numbers)
+    third = results_markdown(numbers | {"runs": [run | {"difference": [gain, 0, 1]} for run, gain in zip(numbers["runs"] * 2, (0.3, 0.4, 0.2))]})
+    assert "the mean gain is +30.0 points (Student's 95 % interval +5.2 to +54.8)" in third
 
 
 def test_sampled_trials_are_reported_beside_the_exam(seeds, tmp_path):

@@ -9,7 +9,7 @@ import torch
 
 from wmpo_nb.evaluation import (Evaluation, calibration, chunk_psnr, departures, spearman, ssim, ssim_by_frame, verdict_flips, wilson)
 from wmpo_nb.presets import UserError
-from wmpo_nb.results import (_in_order, PAGES, PAPER_TABLE1, best_baseline, checkpoint_correlation, compare, holm, lifelong_comparisons, outcome, page_markdown, paper_table1,
+from wmpo_nb.results import (_in_order, PAPER_TABLE1, best_baseline, checkpoint_correlation, compare, gained_groups, gained_markdown, holm, lifelong_comparisons, outcome, page_markdown, paper_table1,
                              pooled_rate, read_result, recoveries_markdown, relative_steps, seeds_lines, select, table1_comparisons, table1_rows, truth_row,
                              variants_text, verdicts, write_pages)
 from wmpo_nb.trajectory import TrajectoryBatch
@@ -59,14 +59,21 @@ def test_pooling_lengths_and_the_best_baseline():
 
 def test_what_was_chosen_is_said():
     cells = [*CELLS[:3], cell("dpo", "1" * 8, 1, variants={"0.01": {}, "chosen": "0.01"}), cell("dpo", "1" * 8, 0, variants={"0.03": {}, "chosen": "0.03"})]
-    assert variants_text(cells, "tiny_lift", 128) == "Chosen on selection states: DPO: 0.03, 0.01."
+    assert variants_text(cells, "tiny_lift", 128) == "Chosen on selection states: DPO: 0.03, 0.01 (of 0.03, 0.01)."
     assert variants_text(CELLS, "tiny_lift", 128) == ""
 
 
 def test_what_is_not_significant_is_said():
     lines = verdicts(table1_comparisons(CELLS))
     assert any("DPO against base: **not significant**" in line for line in lines)
-    assert any("WMPO against base: above, significant" in line for line in lines)
+    assert any("WMPO against base: above as trained; **too few trainings" in line for line in lines)
+    def gains(*points):
+        sides = [{seed: cell("wmpo", "1" * (100 + gain) + "0" * (100 - gain), seed) for seed, gain in enumerate(row)} for row in (len(points) * [0], points)]
+        return verdicts({"x": compare(*sides)})[0]
+    # every one of these is beyond doubt for the policies as trained (McNemar); only the first for the method
+    assert "above, significant (" in gains(31, 40, 26) and "over trainings" in gains(31, 40, 26)
+    assert "above as trained; **over trainings not significant**" in gains(50, 5, 30) and "below, significant" in gains(-30, -31, -29)
+    assert "too few trainings" in gains(30, 31) and "over trainings" not in gains(30, 31)
     # 0.04 alone would pass, with three others it does not (Holm)
     assert holm({"a": 0.04}) == {"a"} and holm({"a": 0.04, "b": 0.5}) == set()
 
@@ -95,18 +102,18 @@ def test_recoveries_are_shares_of_failed_grasps():
     assert "40.0 % (20/50" in text and "33.3 % (20/60" in text and "50.0 % (50/100" in text
 
 
-def test_checkpoints_are_ranked_within_and_across_runs():
+def test_checkpoints_are_ranked_within_each_run():
     def run(seed, dreamt, real):
         policies = [{"name": str(i), "dreamt": [d, 10], "real": [r, 10]} for i, (d, r) in enumerate(zip(dreamt, real))]
         return {"preset": "tiny_lift", "P": 128, "seed": seed, "policies": policies}
     found = checkpoint_correlation([run(0, [1, 2, 3, 4, 5], [2, 3, 4, 5, 6]), run(1, [5, 6, 7, 8, 9], [5, 4, 3, 2, 1])])
-    assert [v[1] for v in found.values()] == [pytest.approx(1.0), pytest.approx(-1.0), pytest.approx(found["all together"][1])]
+    assert [v[1] for v in found.values()] == [pytest.approx(1.0), pytest.approx(-1.0)]
     n, rho, low, high = found["tiny_lift, P = 128, seed 0"]
     assert n == 5 and low < 0.5 and high < 1          # five points in perfect order are not certainty
 
 
 def test_pages_are_made_again_to_the_byte(tmp_path):
-    record = {"experiment": "table1", "commands": ["wmpo-experiment table1"], "cells": CELLS, "remark": "Made with other weights."}
+    record = {"experiment": "table1", "commands": ["wmpo-experiment table1"], "cells": CELLS}
     png = base64.b64encode(b"not really a picture").decode()
     film = {"preset": "tiny_lift", "P": 128, "seed": 0, "method": "wmpo", "film": f"data:image/png;base64,{png}",
             "counts": {"trials": 4, "success": 2, "failed_grasp": 1, "recovered": 1}}
@@ -121,7 +128,7 @@ def test_pages_are_made_again_to_the_byte(tmp_path):
     assert (tmp_path / "figures/recovery_tiny_lift_128_wmpo_0.png").read_bytes() == b"not really a picture"
     text = (tmp_path / "table1.md").read_text()
     assert "`wmpo-experiment table1`" in text and "Seeds: 0, 1." in text and "Fewer than three seeds" in text
-    assert "**Made with other weights.**" in text and "**Made with" not in (tmp_path / "recoveries.md").read_text()
+    assert "Newcombe" in text and "Newcombe" not in (tmp_path / "recoveries.md").read_text()          # which compares nothing
     assert text.index("WMPO against base") < text.index("The paper's own Table 1")
 
 
@@ -131,6 +138,8 @@ def test_a_part_with_fewer_seeds_says_so_and_is_compared_with_their_base():
     assert line == "Seeds: tiny_lift, P = 128: 0, 1, 2; tiny_lift, P = 512: 1."
     assert "tiny_lift, P = 128 (GRPO, online and DPO) and tiny_lift, P = 512 says" in warning           # WMPO has three seeds in the first part
     assert len(seeds_lines([cell("wmpo", "1111", seed) for seed in range(3)])) == 1
+    variants = [cell(None, "1111", seed, ablation="temperature", variant=v) for v, seeds in (("0.4", (0, 1, 2)), ("1.6", (0,))) for seed in seeds]
+    assert "(temperature 1.6)" in seeds_lines(variants)[1]                  # the other one has three
     assert seeds_lines(CELLS[:1])[0].startswith("Seeds: 0.")                # only the base policy yet
     small = {row[0]: row for row in table1_rows(many, "tiny_lift", 512)}
     assert "(32/64" in small["base policy"][1] and small["base policy"][2] == "50.0"
@@ -141,9 +150,11 @@ def test_a_damaged_result_is_named(tmp_path):
     with pytest.raises(UserError, match="noise.json"): read_result(tmp_path / "noise.json")
 
 
-def test_every_page_of_nothing_special_can_be_written():
-    for name, (title, *_) in PAGES.items():
-        if name == "table1": assert page_markdown({"experiment": name, "commands": [], "cells": CELLS}).startswith(f"# {title}")
+def test_a_variant_is_seen_against_the_base_of_its_own_seeds():
+    cells = CELLS[:2] + [cell("base", "0" * 64, 2)] + [cell(None, "1" * 64, 0, ablation="temperature", variant="1.6")]
+    groups = gained_groups(cells, "tiny_lift", 128)
+    assert {name: [*group] for name, group in groups.items()} == {"base policy": [0], "WMPO as it is": [], "temperature: 1.6": [0]}
+    assert "| temperature: 1.6 | 100.0 % (64/64; 94.3 to 100.0) | 100.0 | +50.0" in gained_markdown(cells)
 
 
 def test_ssim_against_its_definition_and_its_limits():

@@ -207,7 +207,7 @@ def _keep(chosen: Path, folder: Path):
     wait_for_all()
 
 # %% ../nbs/25_baselines.ipynb #7c98d3aa
-RATES = (0.03, 0.01, 0.003)                     # of DPO, times GRPO's learning rate
+RATES = (0.003, 0.01, 0.03, 0.1)                # of DPO, times GRPO's learning rate; of equals the smallest is chosen
 
 def try_variants(run: Run, load_start, trainers: dict, selection: int, workers: int | None) -> dict:
     """Train the policy that `load_start()` loads with each of `trainers`, `train(run, policy) -> numbers`; the best goes to `policy/`.

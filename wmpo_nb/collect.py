@@ -36,9 +36,10 @@ def collect(policy: OpenVLAOFT, preset: Preset, cache: Path, *, use: str = "coll
     """`count` real trajectories of `policy` from the states of seed range `use`, beginning with the `first`, sampled; shards already
     in `cache` are not collected again. If `stored`, their frames stay there (`StoredFrames`). Several processes, who must see the
     same `cache`, take turns at the shards."""
+    count = preset.collect.trajectories if count is None else count
     folder = Path(cache) / _fingerprint(policy, preset, seed, use)
     paths = {folder / f"{group[0]}_{len(group)}.tar": group
-             for group in batched(seeds_for(use, first + (count or preset.collect.trajectories), seed)[first:], 32)}
+             for group in batched(seeds_for(use, first + count, seed)[first:], 32)}
     missing, (rank, total) = [path for path in paths if not path.exists()], processes()
     wait_for_all()                     # nobody may begin while another still looks what is missing
     if missing:

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['TRAINED', 'FAST', 'Parts', 'weight_digests', 'gather_trajectories', 'align_world_model', 'fit_reward', 'practise',
-           'share', 'at_first_frames', 'one_round', 'run_rounds', 'practice_log', 'examine', 'compare_worlds',
-           'score_reward', 'films', 'make_record', 'run_demo', 'main']
+           'share', 'iterations_of', 'at_first_frames', 'one_round', 'run_rounds', 'practice_log', 'examine',
+           'compare_worlds', 'score_reward', 'films', 'make_record', 'run_demo', 'main']
 
 # %% ../nbs/19_demo.ipynb #c23252c2
 import hashlib, json, platform, sys
@@ -119,6 +119,12 @@ def share(total: int, rounds: int, number: int) -> int:
     return total * (number + 1) // rounds - total * number // rounds
 
 # %% ../nbs/19_demo.ipynb #df19660f
+def iterations_of(config: GRPOConfig, rounds: int, number: int) -> int:
+    "Iterations of round `number`: if there are enough, as many as make whole means of `config.validate_every`; the last has what is left over."
+    every = config.validate_every if 0 < rounds * config.validate_every <= config.iterations else 1
+    return every * share(config.iterations // every, rounds, number) + config.iterations % every * (number + 1 == rounds)
+
+
 def at_first_frames(dream: Dream, batch: TrajectoryBatch) -> tuple: return dream, first_frames(batch)
 
 
@@ -140,7 +146,7 @@ def run_rounds(run: Run, parts: Parts, cache: Path, workers: int | None = None, 
         inner = run if number + 1 == rounds else run.inner(name)
         count = share(preset.collect.trajectories, rounds, number)
         batches.append(gather_trajectories(inner, policy, cache, workers, sum(map(len, batches)), count))
-        config = replace(preset.grpo, iterations=share(preset.grpo.iterations, rounds, number),
+        config = replace(preset.grpo, iterations=iterations_of(preset.grpo, rounds, number),
                          learning_rate=preset.grpo.learning_rate * preset.collect.round_rate**number)
         dream, policy = one_round(inner, parts, policy, TrajectoryBatch.cat(batches), number=number, config=config, **options)
         if inner is not run and not run.is_done(name):

@@ -2,16 +2,17 @@
 
 # %% auto #0
 __all__ = ['MAKES_WEIGHTS', 'DREAMLESS', 'ABLATIONS', 'WMPO_CELLS', 'ALL_CELLS', 'KINDS', 'EXPERIMENTS', 'WEIGHTS', 'Job',
-           'job_name', 'changed_fields', 'read_json', 'write_json', 'same_preset', 'given_weights', 'is_finished',
-           'run_jobs', 'Cell', 'artefact', 'policy_of', 'exam', 'held_out', 'same_base_policy', 'matching_demo',
-           'make_base', 'make_trajectories', 'make_grpo', 'make_dpo', 'learning', 'make_wmpo', 'dream_of', 'count',
-           'compare_with_reality', 'peak_scores', 'make_truth', 'policy_series', 'judge_on_reality', 'make_agreement',
-           'noisy_world_model', 'open_loop', 'make_noise', 'vary', 'BranchedDream', 'branch_points', 'branched',
-           'make_ablation', 'repaint', 'disturb', 'displaced', 'disrupted', 'make_disruption', 'watch_trial',
-           'failed_grasps', 'recovery_film', 'make_recovery', 'make_lifelong', 'make_imitation', 'table1_jobs',
-           'noise_jobs', 'agreement_jobs', 'ablation_job', 'truth_job', 'alignment_jobs', 'flow_steps_jobs',
-           'ablations_jobs', 'disruptions_jobs', 'recoveries_jobs', 'lifelong_jobs', 'plan', 'only', 'cells_of',
-           'result_of', 'rests_on', 'check_alike', 'left_out', 'collate', 'cell_words', 'open_lock', 'run_cell', 'main']
+           'job_name', 'changed_fields', 'read_json', 'write_json', 'same_preset', 'cell_line', 'given_weights',
+           'is_finished', 'run_jobs', 'Cell', 'artefact', 'policy_of', 'exam', 'held_out', 'same_base_policy',
+           'matching_demo', 'make_base', 'make_trajectories', 'make_grpo', 'make_dpo', 'learning', 'make_wmpo',
+           'dream_of', 'count', 'compare_with_reality', 'peak_scores', 'make_truth', 'policy_series',
+           'judge_on_reality', 'make_agreement', 'noisy_world_model', 'open_loop', 'make_noise', 'vary',
+           'BranchedDream', 'branch_points', 'branched', 'make_ablation', 'repaint', 'disturb', 'displaced',
+           'disrupted', 'make_disruption', 'watch_trial', 'failed_grasps', 'recovery_film', 'make_recovery',
+           'make_lifelong', 'make_imitation', 'table1_jobs', 'noise_jobs', 'agreement_jobs', 'ablation_job',
+           'truth_job', 'alignment_jobs', 'flow_steps_jobs', 'ablations_jobs', 'disruptions_jobs', 'recoveries_jobs',
+           'lifelong_jobs', 'plan', 'only', 'cells_of', 'result_of', 'rests_on', 'check_alike', 'check_kept', 'collate',
+           'cell_words', 'open_lock', 'run_cell', 'main']
 
 # %% ../nbs/28_experiments.ipynb #73bc2242
 import base64, fcntl, fnmatch, io, json, os, shlex, subprocess, sys, time
@@ -100,6 +101,11 @@ def same_preset(recorded: dict, preset: Preset, stages: tuple | None = None) -> 
 def _filled(recorded: dict, stage: str) -> dict: return load_preset(recorded["name"]).to_dict()[stage] | recorded.get(stage, {})
 
 # %% ../nbs/28_experiments.ipynb #96d29fe6
+def cell_line(job: Job) -> str:
+    "What a cell notes as its command: the kind of the job and its options, which the preset has no field for."
+    return f"wmpo-experiment cell {job.kind} {json.dumps(job.options)}"
+
+
 DREAMLESS = "base", "trajectories", "grpo", "dpo"     # another world model does not make these cells old
 
 def given_weights(job: Job, weights: Path) -> dict[str, str]:
@@ -113,7 +119,7 @@ def is_finished(root: Path, job: Job, weights: Path | None = None) -> bool:
     folder = Path(root) / job.name
     if not (folder / "cell.json").exists(): return False
     config = read_json(folder / "config.json")
-    if config and not same_preset(config["preset"], job.preset): fault = "was made with other settings"
+    if config and not (same_preset(config["preset"], job.preset) and config.get("command", cell_line(job)) == cell_line(job)): fault = "was made with other settings"
     elif not weights or (noted := read_json(folder / "weights.json")) == given_weights(job, weights): return True
     else: fault = "was made from other weights" if noted else "does not say from which weights it was made"
     raise UserError(f"{folder} {fault}: choose another --output, or delete it")
@@ -139,6 +145,7 @@ def run_jobs(root: Path, jobs: list[Job], start: Callable, workers: int, weights
             ready = [job for job in waiting if not set(job.needs) & open_names]
             for job in ready[:workers - len(running)]:
                 waiting.remove(job)
+                if is_finished(root, job, weights): continue            # another process has filled it meanwhile
                 running[job.name] = _started(root, job, start), time.perf_counter()
                 print(f"started  {job.name}", flush=True)
             time.sleep(0.1)
@@ -173,8 +180,7 @@ class Cell:
 
     def __post_init__(self):
         self.folder, self.preset, self.seed, self.options = self.root / self.job.name, self.job.preset, self.job.seed, self.job.options
-        self.run = Run(self.folder, self.preset, f"wmpo-experiment cell {self.job.kind} {json.dumps(self.options)}", self.seed,
-                       (self.folder / "config.json").exists(), self.keep, self.log_with)
+        self.run = Run(self.folder, self.preset, cell_line(self.job), self.seed, (self.folder / "config.json").exists(), self.keep, self.log_with)
         self.run.start_from(given_weights(self.job, self.weights))
 
     @cached_property
@@ -378,7 +384,8 @@ def make_noise(cell: Cell) -> dict:
     with run.stage("dream"): dreamt = open_loop(world_model, parts.vae, parts.stats, real, cell.seed)
     curves = {f.__name__.split("_")[0]: [None if x != x else round(x, 4) for x in f(real.frames, dreamt, real.length).tolist()]
               for f in (psnr_by_frame, ssim_by_frame)}
-    return {"noise": noise, "steps": cell.preset.alignment.steps, "chunk": cell.preset.task.chunk_size} | curves
+    start = config_of(cell.weights / "world_model.safetensors", STDiTConfig, "stdit").context_timestep
+    return {"noise": noise, "start": start, "steps": cell.preset.alignment.steps, "chunk": cell.preset.task.chunk_size} | curves
 
 # %% ../nbs/28_experiments.ipynb #288b5173
 ABLATIONS = {
@@ -753,15 +760,18 @@ def check_alike(root: Path, experiment: str, extend: Path | None = None) -> dict
     return {preset: {name: value for name, (_, value) in facts.items()} for preset, facts in known.items()}
 
 # %% ../nbs/28_experiments.ipynb #5b1c7e42
-def left_out(path: Path, root: Path, jobs: list[Job]) -> set[str]:
-    "The cells in the result file `path` that neither the folder `root` has nor `jobs` will make."
-    return {c.get("cell", "one without a name") for c in _recorded(path)["cells"] if not (root / c.get("cell", "") / "cell.json").exists()} - {job.name for job in jobs}
+def check_kept(path: Path, root: Path, jobs: list[Job] = ()):
+    "Raise `UserError` if the result file `path` has cells that neither the folder `root` has nor `jobs` will make."
+    names = {c.get("cell", "one without a name") for c in _recorded(path)["cells"] if not (root / c.get("cell", "") / "cell.json").exists()}
+    lost = sorted(names - {job.name for job in jobs})
+    if lost: raise UserError(f"{path} has {len(lost)} cells that are not in {root}, such as {lost[0]}: --extend keeps them, another --results leaves the file alone")
 
 
 def collate(root: Path, experiment: str, results: Path, extend: bool = False) -> Path | None:
     """Write the result file of an experiment and make all pages of the folder again; None if no cell is finished. With `extend` the
-    file keeps the cells that `root` has not."""
+    file keeps the cells that `root` has not; without, raises `UserError` if there are any."""
     path = results / f"{experiment}.json"
+    if not extend: check_kept(path, root)
     old, made_with = _recorded(path if extend else None), check_alike(root, experiment, path if extend else None)
     new = result_of(root, experiment) | {"made_with": made_with}
     if not new["cells"]: return None
@@ -783,20 +793,23 @@ def cell_words(job: Job, args) -> list[str]:
 
 # %% ../nbs/28_experiments.ipynb #f7526149
 def open_lock(folder: Path):
-    "The open file `folder/lock`, locked for this process alone. Raises `UserError` if another one has it."
+    "The open file `folder/lock`, locked for this process alone. If another process has it, wait until that is done."
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / "lock", "w")
     try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError: raise UserError(f"{folder}: another process is at work on this cell") from None
+    except OSError:
+        print(f"{folder}: another process is at work on this cell; waiting for it", flush=True)
+        fcntl.flock(file, fcntl.LOCK_EX)
     return file
 
-
+# %% ../nbs/28_experiments.ipynb #1f9d3b58
 def run_cell(args, preset: Preset):
     "Fill one cell and write its record, last of all."
     since = time.perf_counter()
     lock = open_lock(args.output / args.name)                   # held until the process ends
     torch.set_num_threads(1)                                    # as many cells as cores: more threads would only get in each other's way
     job = Job(args.name, args.kind, preset, args.seed, json.loads(args.options))
+    if is_finished(args.output, job, args.weights): return      # by the process that had the lock
     cell = Cell(job, args.output, args.weights, args.cache, tuple(args.demo or ()), args.keep, args.log_with)
     experiment, found = job.name.split("/")[0], KINDS[job.kind](cell)
     record = {"experiment": experiment, "preset": preset.name, "P": preset.collect.trajectories, "seed": job.seed,
@@ -836,8 +849,7 @@ def _check(args, preset: Preset, jobs: list[Job]):
     if args.seed: raise UserError(f"--seed is not for experiments, which run several: --seeds {args.seed}")
     path = args.results / f"{args.experiment}.json"
     check_alike(args.output, args.experiment, path if args.extend else None)
-    lost = () if args.extend else sorted(left_out(path, args.output, jobs))
-    if lost: raise UserError(f"{path} has {len(lost)} cells that are not in {args.output}, such as {lost[0]}: --extend keeps them, another --results leaves the file alone")
+    if not args.extend: check_kept(path, args.output, jobs)
     for demo in args.demo or []:
         if not (demo / "record.json").exists(): raise UserError(f"{demo} is not a finished run of wmpo-demo")
     choose_gl()

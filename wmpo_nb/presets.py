@@ -433,7 +433,7 @@ def _parse(text: str, like, key: str):
 # the whole numbers that may be 0; all others count something there must be one of
 _MAY_BE_ZERO = ("steps", "warmup_steps", "decay_steps", "iterations", "lora_rank", "validate_every", "videos_every", "checkpoint_every",
                 "action_history", "idle_steps", "hard_steps", "margin", "mining", "image_shift", "demonstrations", "near_misses", "play",
-                "held_out", "first_clip_end")
+                "first_clip_end")
 
 def _check_range(key: str, value):
     "Raise `UserError` if no field `key` can have this number."

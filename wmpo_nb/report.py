@@ -2,9 +2,10 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'LAYOUT', 'PICTURES', 'WIDTH', 'HEIGHT', 'LEFT', 'RIGHT', 'TOP', 'BOTTOM', 'COUNTS', 'POLICY', 'BY_HAND',
-           'in_words', 'escape', 'percent', 'tag', 'table', 'tile', 'interval_bar', 'nice_ticks', 'line_chart',
-           'filmstrip', 'animation', 'section', 'validations', 'confusion_table', 'caveats', 'page', 'write_report',
-           'save_record', 'load_record', 'summary', 'pooled', 'results_markdown', 'write_results', 'main']
+           'in_words', 'evaluations_of', 'escape', 'percent', 'tag', 'table', 'tile', 'interval_bar', 'nice_ticks',
+           'line_chart', 'filmstrip', 'animation', 'section', 'validations', 'confusion_table', 'caveats', 'page',
+           'write_report', 'save_record', 'load_record', 'summary', 'pooled', 'results_markdown', 'write_results',
+           'main']
 
 # %% ../nbs/16_report.ipynb #193d95d9
 import argparse, base64, html, io, json, math, sys
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 
 # %% ../nbs/16_report.ipynb #576378d1
-from .evaluation import Agreement, Evaluation, mcnemar, paired_difference
+from .evaluation import Agreement, Evaluation, mcnemar, over_trainings, paired_difference
 from .presets import UserError
 from .run import atomic_write, command
 
@@ -29,10 +30,19 @@ def in_words(before: Evaluation, after: Evaluation) -> str:
     p = mcnemar(before.success, after.success)
     chance = f"about 1 time in {round(1 / p):,}" if p > 1e-6 else "less than 1 time in a million"
     times = chance if p < 0.5 else "more often than not" if p < 1 else "always"
-    verdict = ("That is rare enough to count as evidence." if p < 0.05 else
+    verdict = (f"That is rare enough to count as evidence{' that it did harm' * (lost > won)}." if p < 0.05 else
                "That is not rare enough to rule out luck.")
     return (f"Of {len(before.success)} starts, {won} were solved only afterwards and {lost} only before. If practising "
             f"had changed nothing, a split at least as uneven would come up {times} (McNemar p = {p:.2g}). {verdict}")
+
+# %% ../nbs/16_report.ipynb #3d8b6e15
+def evaluations_of(record: dict, key: str = "evaluations") -> dict[str, Evaluation]:
+    "The evaluations under `key` by name. Raises `UserError` when they are not of the same starts, and so no pairs."
+    found = {name: Evaluation.from_dict(e) for name, e in (record.get(key) or {}).items()}
+    first = next(iter(found.values()), None)
+    for name, e in found.items():
+        if not torch.equal(e.state_id, first.state_id): raise UserError(f"'{name}' was not tried on the same starts as '{next(iter(found))}': not to be compared")
+    return found
 
 # %% ../nbs/16_report.ipynb #2bc41ca4
 def escape(text) -> str: return html.escape(str(text))
@@ -205,7 +215,7 @@ def section(title: str, *parts: str) -> str:
 # %% ../nbs/16_report.ipynb #f7979eb5
 def _success(record: dict, key: str, title: str) -> str:
     "Success before and after, with intervals and the paired test, of the evaluations under `key`."
-    evaluations = {name: Evaluation.from_dict(e) for name, e in record.get(key, {}).items()}
+    evaluations = evaluations_of(record, key)
     if not evaluations: return ""
     tiles, words = [], ""
     for name, e in evaluations.items():
@@ -329,10 +339,11 @@ def caveats(record: dict) -> list[str]:
     "The record's own caveats, and those that follow from its numbers."
     fast = "This was a --fast run: it shows that every stage works, and its numbers are no result."
     found = [fast] if record.get("fast") else []
-    evaluations = [Evaluation.from_dict(e) for e in (record.get("evaluations") or {}).values()]
+    evaluations = [*evaluations_of(record).values()]
     if len(evaluations) > 1:
         _, low, high = paired_difference(evaluations[0].success, evaluations[-1].success)
-        if low <= 0 <= high:
+        if high < 0: found.append("The trained policy is worse than the one that practice began with.")
+        elif low <= 0:
             found.append("The interval of the difference includes zero: the run does not show an improvement.")
         found.append("One run with one seed: the intervals cover the luck of the starts, not that of training.")
     for name, a in [*(record.get("agreement") or {}).items()][-1:]:
@@ -411,7 +422,7 @@ def _compared(base: Evaluation, trained: Evaluation) -> dict:
 # %% ../nbs/16_report.ipynb #1dbb2526
 def _both(record: dict, key: str = "evaluations") -> list[Evaluation]:
     "Evaluations of the base policy and of the trained one."
-    return [Evaluation.from_dict(e) for e in list(record[key].values())[:2]]
+    return list(evaluations_of(record, key).values())[:2]
 
 # %% ../nbs/16_report.ipynb #7573f103
 def summary(record: dict) -> dict:
@@ -455,16 +466,27 @@ def _comparison(numbers: dict, first: str) -> str:
             f"{numbers['mcnemar_p']:.2g} |")
 
 
+def _over_seeds(runs: list[dict]) -> list[str]:
+    "What may be said of another training: the interval of the mean gain over seeds."
+    gains = [run["difference"][0] for run in runs]
+    interval = over_trainings(gains)
+    if interval is None: return ["", f"The row \"all\" speaks of {'these policies' if len(gains) > 1 else 'this policy'}: fewer than three trainings say nothing about another one."] * (len(gains) > 1)
+    return ["", "The row \"all\" speaks of these policies. Over trainings, one number a seed, the mean gain is {:+.1f} points (Student's 95 % interval {:+.1f} to {:+.1f}).".format(
+        *(100 * x for x in (sum(gains) / len(gains), *interval)))]
+
+# %% ../nbs/16_report.ipynb #7e20c9b4
 def _success_lines(numbers: dict) -> list[str]:
     "Success of both policies and their paired comparison, by seed and pooled: greedy, then sampled where it was recorded."
     runs, head = [*numbers["runs"], numbers], "| seed | base policy | after WMPO | difference, points | McNemar p |"
     lines = [f"{head} test states |", "|---|---|---|---|---|---|"]
     lines += [_comparison(run, run.get("seed", "all")) + (" {} to {} |".format(*run["test_seeds"]) if "seed" in run else "  |") for run in runs]
     lines += ["", "Greedy trials in the real simulator; in brackets counts and 95 % intervals (Wilson; paired differences: Newcombe)."]
+    lines += _over_seeds(numbers["runs"])
     if "sampled" not in numbers: return lines
     rows = [_comparison(run["sampled"], run.get("seed", "all")) for run in runs]
     return [*lines, "", head, "|---|---|---|---|---|", *rows, "",
-            "The same policies on the held-out states, one trial each, sampled at the temperature at which they collected and practised."]
+            "The same policies on the held-out states, one trial each, sampled at the temperature at which they collected and practised.",
+            *_over_seeds([run["sampled"] for run in numbers["runs"]])]
 
 # %% ../nbs/16_report.ipynb #9bd3cdaf
 def _truth_lines(numbers: dict) -> list[str]:

@@ -2,14 +2,14 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'TABLE1_HEAD', 'PAPER_TASK_NAMES', 'PAPER_TABLE1', 'PAPER_TABLE2', 'TRUTH_HEAD', 'DISRUPTIONS', 'PAGES',
-           'BOUNDS', 'outcome', 'successes', 'rate_text', 'markdown_table', 'select', 'compare', 'pooled_rate',
-           'relative_steps', 'base_of', 'best_baseline', 'difference_text', 'table1_rows', 'holm', 'verdicts',
-           'table1_comparisons', 'paper_table1', 'noise_markdown', 'truth_row', 'truth_markdown', 'gained_comparisons',
-           'gained_markdown', 'disruptions_markdown', 'recoveries_markdown', 'lifelong_comparisons',
-           'lifelong_markdown', 'checkpoint_correlation', 'agreement_markdown', 'table1_figure', 'noise_figure',
-           'gained_figure', 'truth_figure', 'agreement_figure', 'disruptions_figure', 'lifelong_figure',
-           'variants_text', 'table1_markdown', 'dreams_and_gains', 'seeds_lines', 'page_markdown', 'read_result',
-           'write_pages']
+           'RATES_NOTE', 'TESTS_NOTE', 'outcome', 'successes', 'rate_text', 'markdown_table', 'select', 'compare',
+           'pooled_rate', 'relative_steps', 'base_of', 'best_baseline', 'difference_text', 'table1_rows', 'holm',
+           'verdicts', 'table1_comparisons', 'paper_table1', 'noise_markdown', 'truth_row', 'truth_markdown',
+           'gained_comparisons', 'gained_groups', 'gained_markdown', 'disruptions_markdown', 'recoveries_markdown',
+           'lifelong_comparisons', 'lifelong_markdown', 'checkpoint_correlation', 'agreement_markdown', 'table1_figure',
+           'noise_figure', 'gained_figure', 'truth_figure', 'agreement_figure', 'disruptions_figure', 'lifelong_figure',
+           'variants_text', 'table1_markdown', 'dreams_and_gains', 'notes', 'kind_of', 'seeds_lines', 'page_markdown',
+           'read_result', 'write_pages']
 
 # %% ../nbs/26_results.ipynb #59b6b44a
 import base64, json, math, re
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/26_results.ipynb #3043d500
-from .evaluation import Agreement, Evaluation, mcnemar, paired_difference, spearman, wilson
+from .evaluation import Agreement, Evaluation, mcnemar, over_trainings, paired_difference, spearman, wilson
 from .presets import UserError
 from .run import atomic_write
 
@@ -61,14 +61,17 @@ def select(cells: list[dict], **wanted) -> dict[int, dict]:
 
 # %% ../nbs/26_results.ipynb #23ce8195
 def compare(before: dict[int, dict], after: dict[int, dict]) -> dict | None:
-    "Paired comparison of cells by seed, over the seeds both have: difference with interval, McNemar's p; None without a pair."
+    """Paired comparison of cells by seed, over the seeds both have; None without a pair. Of these very policies: `difference` with
+    interval, McNemar's `p`. Of the method: the interval `trainings` over seeds, None for fewer than three."""
     seeds = sorted(before.keys() & after.keys())
     if not seeds: return None
     for seed in seeds:
         if before[seed]["outcome"]["states"] != after[seed]["outcome"]["states"]:
             raise UserError(f"seed {seed}: the two policies were not tried on the same states")
-    first, second = (successes([side[s]["outcome"] for s in seeds]) for side in (before, after))
-    return {"seeds": seeds, "n": len(first), "difference": paired_difference(first, second), "p": mcnemar(first, second)}
+    pairs = [[successes([side[s]["outcome"]]) for side in (before, after)] for s in seeds]
+    first, second = (torch.cat(column) for column in zip(*pairs))
+    return {"seeds": seeds, "n": len(first), "difference": paired_difference(first, second), "p": mcnemar(first, second),
+            "trainings": over_trainings([float(b.float().mean() - a.float().mean()) for a, b in pairs])}
 
 # %% ../nbs/26_results.ipynb #f3cac9cf
 def pooled_rate(by_seed: dict[int, dict]) -> tuple[int, int]:
@@ -99,9 +102,15 @@ def best_baseline(cells: list[dict], preset: str, budget: int) -> str | None:
 def difference_text(found: dict | None) -> str:
     if found is None: return ""
     difference, low, high = (100 * x for x in found["difference"])
-    return f"{difference:+.1f} ({low:+.1f} to {high:+.1f}), p = {found['p']:.2g}"
+    over = "" if found["trainings"] is None else "; over trainings {:+.1f} to {:+.1f}".format(*(100 * x for x in found["trainings"]))
+    return f"{difference:+.1f} ({low:+.1f} to {high:+.1f}), p = {found['p']:.2g}{over}"
 
 # %% ../nbs/26_results.ipynb #a901a3be
+def _by_seed(by_seed: dict[int, dict]) -> str:
+    "Success of each seed, in percent."
+    return ", ".join(f"{100 * successes([c['outcome']]).float().mean():.1f}" for c in by_seed.values())
+
+
 def _ledger_text(by_seed: dict[int, dict]) -> list[str]:
     "Real trajectories and imagined frames of a seed, averaged."
     return [f"{sum(c['ledger'].get(name, 0) for c in by_seed.values()) / max(len(by_seed), 1):,.0f}" for name in ("real_trajectories", "imagined_frames")]
@@ -114,9 +123,8 @@ def table1_rows(cells: list[dict], preset: str, budget: int) -> list[list]:
         by_seed = base if method == "base" else select(cells, preset=preset, P=budget, method=method)
         if not by_seed: continue
         against = select(cells, preset=preset, P=budget, method=best) if best and method == "wmpo" else {}
-        seeds = ", ".join(f"{100 * successes([c['outcome']]).float().mean():.1f}" for c in by_seed.values())
         length = relative_steps(base, by_seed)
-        rows.append([name + (" (best baseline)" if method == best else ""), rate_text(*pooled_rate(by_seed)), seeds,
+        rows.append([name + (" (best baseline)" if method == best else ""), rate_text(*pooled_rate(by_seed)), _by_seed(by_seed),
                      "" if method == "base" else difference_text(compare(base, by_seed)), difference_text(compare(against, by_seed)),
                      "" if length is None else f"{length:.1f} %", *_ledger_text(by_seed)])
     return rows
@@ -141,7 +149,10 @@ def verdicts(comparisons: dict[str, dict]) -> list[str]:
     lines = []
     for name, found in comparisons.items():
         direction = "above" if found["difference"][0] > 0 else "below" if found["difference"][0] < 0 else "equal to"
-        word = f"{direction}, significant" if name in sure else "**not significant**"
+        if name not in sure: word = "**not significant**"
+        elif found["trainings"] is None: word = f"{direction} as trained; **too few trainings**"
+        elif found["trainings"][0] <= 0 <= found["trainings"][1]: word = f"{direction} as trained; **over trainings not significant**"
+        else: word = f"{direction}, significant"
         lines.append(f"- {name}: {word} ({difference_text(found)}; {found['n']} pairs)")
     return lines
 
@@ -205,7 +216,8 @@ def noise_markdown(cells: list[dict]) -> str:
             chunk = next(iter(by_seed.values()))["chunk"]
             rows.append([f"{level:g} of 1000", *(f"{_number(p)} dB, {_number(s, 3)}" for p, s in zip(psnr[chunk::chunk], ssim[chunk::chunk])), len(by_seed)])
         steps, head = next(iter(by_seed.values()))["steps"], [f"frame {(i + 1) * chunk}" for i in range(len(rows[0]) - 2)]
-        lines += [f"### {preset}, P = {P}: {steps} steps of training at each noise", "", markdown_table(["context noise", *head, "seeds"], rows), ""]
+        start = next(iter(by_seed.values()))["start"]
+        lines += [f"### {preset}, P = {P}: {steps} steps of training at each noise, from weights trained with {start:g}", "", markdown_table(["context noise", *head, "seeds"], rows), ""]
     return "\n".join(lines)
 
 # %% ../nbs/26_results.ipynb #b31ae15a
@@ -254,19 +266,29 @@ def gained_comparisons(cells: list[dict], ablation: str | None = None) -> dict[s
         found[f"{label} against WMPO as it is"] = compare(select(cells, preset=preset, P=P, method="wmpo"), mine)
     return {name: comparison for name, comparison in found.items() if comparison}
 
+# %% ../nbs/26_results.ipynb #0c9e4f62
+def gained_groups(cells: list[dict], preset: str, P: int) -> dict[str, dict[int, dict]]:
+    "Cells by seed, by name: base and WMPO of the seeds that any variant has, then each variant."
+    trained = [c for c in cells if "variant" in c and (c["preset"], c["P"]) == (preset, P)]
+    seeds = {c["seed"] for c in trained}
+    plain = {"base policy": select(cells, preset=preset, method="base"), "WMPO as it is": select(cells, preset=preset, P=P, method="wmpo")}
+    groups = {name: {seed: cell for seed, cell in group.items() if seed in seeds} for name, group in plain.items()}
+    for ablation, variant in _in_order((c["ablation"], c["variant"]) for c in trained):
+        groups[f"{ablation}: {variant}"] = select(trained, ablation=ablation, variant=variant)
+    return groups
+
 # %% ../nbs/26_results.ipynb #04dfda25
 def gained_markdown(cells: list[dict]) -> str:
     "Real success after practice, by variant of the method (`ablation` cells, with base and WMPO for comparison)."
     lines, trained = [], [c for c in cells if "variant" in c]
     for preset, P in sorted({(c["preset"], c["P"]) for c in trained}):
-        base, wmpo = select(cells, preset=preset, method="base"), select(cells, preset=preset, P=P, method="wmpo")
-        rows = [[name, rate_text(*pooled_rate(group)), "" if group is base else difference_text(compare(base, group)), *_ledger_text(group)]
-                for name, group in (("base policy", base), ("WMPO as it is", wmpo)) if group]
-        for ablation, variant in _in_order((c["ablation"], c["variant"]) for c in trained if (c["preset"], c["P"]) == (preset, P)):
-            group = select(trained, preset=preset, P=P, ablation=ablation, variant=variant)
-            rows.append([f"{ablation}: {variant}", rate_text(*pooled_rate(group)), difference_text(compare(base, group)), *_ledger_text(group)])
+        groups = gained_groups(cells, preset, P)
+        base = groups["base policy"]
+        rows = [[name, rate_text(*pooled_rate(group)), _by_seed(group), "" if group is base else difference_text(compare(base, group)), *_ledger_text(group)]
+                for name, group in groups.items() if group]
         lines += [f"### What practice gained: {preset}, P = {P}", "",
-                  markdown_table(["variant", "success, all seeds (95 %)", "against base, points (paired)", "real trajectories", "imagined frames"], rows), ""]
+                  markdown_table(["variant", "success, all its seeds (95 %)", "by seed, %", "against base on the same seeds, points (paired)", "real trajectories",
+                                  "imagined frames"], rows), ""]
     return "\n".join([*lines, *verdicts(gained_comparisons(cells)), ""])
 
 # %% ../nbs/26_results.ipynb #4db176eb
@@ -336,12 +358,11 @@ def lifelong_markdown(cells: list[dict]) -> str:
 
 # %% ../nbs/26_results.ipynb #723bfa5a
 def checkpoint_correlation(cells: list[dict]) -> dict:
-    "Spearman's correlation of dreamt and real success over the policies of each cell, and of all cells together."
+    "Spearman's correlation of dreamt and real success over the policies of each cell."
     found = {}
-    runs = {f"{c['preset']}, P = {c['P']}, seed {c['seed']}": c["policies"] for c in cells}
-    for name, policies in (runs | {"all together": [p for policies in runs.values() for p in policies]}).items():
-        dreamt, real = ([p[side][0] / p[side][1] for p in policies] for side in ("dreamt", "real"))
-        found[name] = (len(real), *spearman(dreamt, real))
+    for c in cells:
+        dreamt, real = ([p[side][0] / p[side][1] for p in c["policies"]] for side in ("dreamt", "real"))
+        found[f"{c['preset']}, P = {c['P']}, seed {c['seed']}"] = (len(real), *spearman(dreamt, real))
     return found
 
 # %% ../nbs/26_results.ipynb #cb69c189
@@ -373,6 +394,7 @@ def agreement_markdown(cells: list[dict]) -> str:
                   for c in cells for p in c["policies"]]
     return "\n".join([
         "### Can the dream pick the checkpoint?", "", markdown_table(["run", "policies", "Spearman's rho (95 %)"], correlations), "",
+        "Iterates of one run resemble each other: the intervals take them for independent policies, and are too narrow.", "",
         markdown_table(["run", "policy", "success in the dream (closed loop)", "in reality", "F1 of the judge on real trials", "ECE of the judge",
                         "verdicts that another noise changes"], _policy_rows(cells)), "",
         "### Verdicts on the same actions", "",
@@ -425,18 +447,15 @@ def noise_figure(cells: list[dict]):
 
 # %% ../nbs/26_results.ipynb #ac86f599
 def gained_figure(cells: list[dict]):
-    trained = [c for c in cells if "variant" in c]
-    names = _in_order((c["preset"], c["P"], c["ablation"], c["variant"]) for c in trained)
-    figure, (ax,) = _figure(8, 0.8 + 0.4 * (len(names) + 2))
-    base, wmpo = (select([c for c in cells if c.get("preset") == names[0][0] and c.get("P") in (None, names[0][1])], method=m) for m in ("base", "wmpo"))
-    rows = [("base policy", base), ("WMPO as it is", wmpo)]
-    rows += [(f"{a}: {v}", select(trained, preset=preset, P=P, ablation=a, variant=v)) for preset, P, a, v in names]
-    for i, (_, group) in enumerate(rows):
-        if not group: continue
-        k, n = pooled_rate(group)
-        low, high = wilson(k, n)
-        ax.plot([100 * low, 100 * high], [i, i], color="C0"); ax.plot(100 * k / n, i, "o", color="C0")
-    ax.set(yticks=range(len(rows)), yticklabels=[name for name, _ in rows], ylim=(len(rows) - 0.5, -0.5), xlabel="success, % (95 %)")
+    parts = {(preset, P): gained_groups(cells, preset, P) for preset, P in sorted({(c["preset"], c["P"]) for c in cells if "variant" in c})}
+    figure, axes = _figure(8 * len(parts), 0.8 + 0.4 * max(map(len, parts.values())), len(parts))
+    for ax, ((preset, P), groups) in zip(axes, parts.items()):
+        for i, group in enumerate(groups.values()):
+            if not group: continue
+            k, n = pooled_rate(group)
+            low, high = wilson(k, n)
+            ax.plot([100 * low, 100 * high], [i, i], color="C0"); ax.plot(100 * k / n, i, "o", color="C0")
+        ax.set(yticks=range(len(groups)), yticklabels=groups, ylim=(len(groups) - 0.5, -0.5), xlabel="success, % (95 %)", title=f"{preset}, P = {P}")
     return figure
 
 # %% ../nbs/26_results.ipynb #24c436e4
@@ -490,10 +509,12 @@ def lifelong_figure(cells: list[dict]):
 # %% ../nbs/26_results.ipynb #56f1dc2f
 def variants_text(cells: list[dict], preset: str, budget: int) -> str:
     "Which variant of each baseline did best on selection states, in the order of the seeds; empty if nothing was chosen."
-    names = {METHODS[m]: [c["variants"]["chosen"] for c in select(cells, preset=preset, P=budget, method=m).values() if c.get("variants")]
-             for m in ("grpo", "dpo")}
-    chosen = "; ".join(f"{name}: {', '.join(variants)}" for name, variants in names.items() if variants)
-    return f"Chosen on selection states: {chosen}." if chosen else ""
+    chosen = []
+    for m in ("grpo", "dpo"):
+        found = [c["variants"] for c in select(cells, preset=preset, P=budget, method=m).values() if c.get("variants")]
+        tried = dict.fromkeys(name for variants in found for name in variants if name != "chosen")
+        if found: chosen.append(f"{METHODS[m]}: {', '.join(v['chosen'] for v in found)} (of {', '.join(tried)})")
+    return f"Chosen on selection states: {'; '.join(chosen)}." if chosen else ""
 
 
 def table1_markdown(cells: list[dict]) -> str:
@@ -506,7 +527,7 @@ def table1_markdown(cells: list[dict]) -> str:
     note = [f"WMPO cells taken from finished runs of wmpo-demo: {', '.join(reused)}.", ""] if reused else []
     return "\n".join([*parts, *note, "GRPO was run with two batch sizes, each with the whole budget; the better one on selection states is shown. DPO: each "
                       "trajectory of the commoner outcome paired once, in each of ten passes, with one of the rarer; beta 0.1; the best on "
-                      "selection states of three learning rates, named by what they are times GRPO's. The trials of selection (64 states a "
+                      "selection states of several learning rates, named by what they are times GRPO's. The trials of selection (64 states a "
                       "variant) are real too and not in the budget; WMPO has none, its dream chooses.", "",
                       *verdicts(table1_comparisons(cells)), "", "### The paper's own Table 1 (128 states each; not made here)", "", paper_table1(), ""])
 
@@ -526,17 +547,30 @@ PAGES = {"table1": ("Success by method and real budget", table1_markdown, table1
          "ablations": ("Ablations", gained_markdown, gained_figure)}
 
 # %% ../nbs/26_results.ipynb #23422ea7
-BOUNDS = ("In brackets: counts and 95 % intervals (Wilson; paired differences Newcombe's), p by McNemar's exact test on the same initial states, "
-          "\"significant\" after Holm's correction over this page. Intervals of pooled seeds cover the luck of the initial states; "
-          "that of training is seen in how far the seeds lie apart.")
+RATES_NOTE = "In brackets: counts and 95 % intervals (Wilson). Those of pooled seeds cover the luck of the initial states, not that of training."
+TESTS_NOTE = ("Differences: in brackets Newcombe's 95 % interval and McNemar's exact test, both on the same initial states, so about these very "
+              "policies. \"Over trainings\": Student's 95 % interval of the mean difference, one number a seed. \"Significant\": by McNemar's test "
+              "after Holm's correction over this page, and zero lies outside the interval over trainings, of which there must be three; \"as trained\": "
+              "the first is true and the second is not, so another training of the method may say otherwise.")
+
+def notes(text: str) -> list[str]:
+    "How to read the numbers of a page, as far as it has such."
+    return [note for note, mark in ((RATES_NOTE, r"\d+/\d+; "), (TESTS_NOTE, ", p = ")) if re.search(mark, text)]
+
+# %% ../nbs/26_results.ipynb #f05a7b31
+def kind_of(cell: dict) -> str:
+    "What a cell is of, whatever its seed: method, variant, setting, noise, disruption, round."
+    parts = [METHODS.get(cell.get("method"), cell.get("method")), cell.get("ablation"), cell.get("variant"), cell.get("setting"),
+             cell.get("disruption"), *(f"{name} {cell[name]:g}" for name in ("noise", "round") if name in cell)]
+    return " ".join(str(part) for part in parts if part is not None)
 
 # %% ../nbs/26_results.ipynb #3a790293
 def seeds_lines(cells: list[dict]) -> list[str]:
-    "Which seeds the cells have, preset by preset and budget by budget where these differ, and a warning where they are few."
+    "Which seeds the cells have, preset by preset and budget by budget where these differ, and a warning where any kind of cell has few."
     seeds, few = {}, []
     # a base policy has no budget: it counts only where there is nothing else
     for c in [c for c in cells if c.get("method") != "base"] or cells:
-        seeds.setdefault(f"{c['preset']}, P = {c['P']}", {}).setdefault(METHODS.get(c.get("method"), "variants"), set()).add(c["seed"])
+        seeds.setdefault(f"{c['preset']}, P = {c['P']}", {}).setdefault(kind_of(c), set()).add(c["seed"])
     names = {part: ", ".join(map(str, sorted(set().union(*found.values())))) for part, found in seeds.items()}
     for part, found in seeds.items():
         behind = [method for method, own in found.items() if len(own) < 3]
@@ -549,12 +583,12 @@ def seeds_lines(cells: list[dict]) -> list[str]:
 
 # %% ../nbs/26_results.ipynb #43f2328a
 def page_markdown(record: dict) -> str:
-    "The page of one result file. Its `remark`, where it has one, says what a reader must know about its cells."
+    "The page of one result file."
     title, body, figure = PAGES[record["experiment"]]
     made = ["Made by", "", *(f"- `{command}`" for command in record["commands"]), "", *seeds_lines(record["cells"])]
-    if record.get("remark"): made += ["", f"**{record['remark']}**"]
     picture = [f"![{title}](figures/{record['experiment']}.png)", ""] if figure else []
-    return "\n".join([f"# {title}", "", *made, "", *picture, body(record["cells"]), BOUNDS, ""])
+    text = body(record["cells"])
+    return "\n".join([f"# {title}", "", *made, "", *picture, text, *(f"{note}\n" for note in notes(text))])
 
 # %% ../nbs/26_results.ipynb #d9720530
 def _write_films(folder: Path, cells: list[dict]):
