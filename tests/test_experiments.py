@@ -348,27 +348,61 @@ def test_a_branched_dream_starts_from_real_context():
     assert (8 * told[:, :, -1]).round().tolist() == [[*range(17, 25)], [*range(1, 9)]]      # steps since the beginning of the trial
 
 
-# eight short trials of a policy that may never succeed: the cells that need a success may fail, and must say why
-TINY = ["--budgets", "8", "--seeds", "0", "--jobs", "1", "--grpo.group_size", "4", "--grpo.groups", "1", "--grpo.max_draws", "1",
+# eight short trials, one step of everything
+TINY = ["--budgets", "8", "--seeds", "0", "--grpo.group_size", "4", "--grpo.groups", "1", "--grpo.max_draws", "1",
         "--grpo.accuracy_low", "0", "--grpo.accuracy_high", "1", "--alignment.steps", "1", "--grpo.iterations", "1", "--evaluation.states", "2",
-        "--evaluation.held_out", "2", "--world_model.flow_steps", "1"]
+        "--evaluation.held_out", "2", "--world_model.flow_steps", "1", "--sft.demonstrations", "2", "--sft.steps", "2"]
 
 
-def test_the_command_in_miniature(tmp_path):
-    "Real processes from the command line to the page; then the page alone, and the same command with nothing left to do."
-    env, start = os.environ | {"OMP_NUM_THREADS": "1"}, [sys.executable, "-c", "from wmpo_nb.experiments import main; raise SystemExit(main())"]
-    words = [*start, "table1", *TINY, "--output", str(tmp_path / "runs"), "--results", str(tmp_path / "results"), "--cache", str(tmp_path / "cache")]
-    done = subprocess.run(words, env=env, capture_output=True, text=True)
-    failures = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
-    assert all("DPO needs successes and failures" in line or "no successful trajectory" in line for line in failures), done.stdout + done.stderr
-    assert done.returncode == (2 if failures else 0), done.stderr
-    record = json.loads((tmp_path / "results/table1.json").read_text())
+def experiment(folder, *words):
+    "The command in a process of its own, on one root."
+    start = [sys.executable, "-c", "from wmpo_nb.experiments import main; raise SystemExit(main())"]
+    places = ["--output", str(folder / "runs"), "--results", str(folder / "results"), "--cache", str(folder / "cache"), "--jobs", "2"]
+    done = subprocess.run([*start, *words, *TINY, *places], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def miniature(tmp_path_factory):
+    "A folder with all cells of Table 1, made by real processes."
+    folder = tmp_path_factory.mktemp("miniature")
+    experiment(folder, "table1")
+    return folder
+
+
+def test_the_command_in_miniature(miniature):
+    "From the command line to the page; then the same command with nothing left to do."
+    record = json.loads((miniature / "results/table1.json").read_text())
     by_method = {c["method"]: c for c in record["cells"]}
-    assert {"base", "grpo"} <= set(by_method) and len(by_method) + len(failures) == 4
+    assert set(by_method) == {"base", "grpo", "dpo", "wmpo"} and len(record["cells"]) == 4
     assert by_method["grpo"]["ledger"]["real_trajectories"] == 8 and by_method["grpo"]["ledger"]["both_variants"] == 16
+    assert by_method["wmpo"]["ledger"]["imagined_frames"] > 0 and len(by_method["wmpo"]["learning"]) == 1
     assert all(len(c["outcome"]["success"]) == 2 and c["outcome"]["states"] == by_method["base"]["outcome"]["states"] for c in record["cells"])
-    assert str(tmp_path) not in json.dumps(record) and "wmpo-experiment table1" in record["commands"][0]
-    assert "GRPO, online" in (tmp_path / "results/table1.md").read_text()
-    times = {p: p.stat().st_mtime for p in tmp_path.glob("runs/**/cell.json")}
-    listed = subprocess.run([*words, "--plan"], env=env, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert sum(line.startswith("done") for line in listed) == len(times) == 5 - len(failures)
+    assert str(miniature) not in json.dumps(record) and "wmpo-experiment table1" in record["commands"][0]
+    assert record["made_with"]["tiny_lift"]["--grpo.group_size"] == 4
+    assert "GRPO, online" in (miniature / "results/table1.md").read_text()
+    times = {p: p.stat().st_mtime for p in miniature.glob("runs/table1/**/cell.json")}
+    assert sum(line.startswith("done") for line in experiment(miniature, "table1", "--plan")) == len(times) == 5
+    experiment(miniature, "table1")
+    assert {p: p.stat().st_mtime for p in times} == times
+
+
+def test_every_other_kind_of_cell_in_miniature(miniature):
+    "Each fills its cell from those of Table 1, and its page can be written."
+    for name, cells in (("noise", ["noise0"]), ("disruptions", ["base-position"]), ("recoveries", ["watch-base"]), ("agreement", ["agreement"]),
+                        ("alignment", ["truth-*"]), ("ablations", ["horizon-2_chunks"]), ("lifelong", ["rounds", "imitation1"])):
+        experiment(miniature, name, "--only", *cells)
+    found = {name: [c for c in read_json(miniature / f"results/{name}.json")["cells"] if c["experiment"] == name] for name in EXPERIMENTS if name not in ("table1", "flow-steps")}
+    length = PRESET.task.horizon + 1
+    assert [len(found["noise"][0][curve]) for curve in ("psnr", "ssim")] == [length, length] and found["noise"][0]["start"] == 50
+    assert found["disruptions"][0]["outcome"]["states"] != read_json(miniature / "results/table1.json")["cells"][0]["outcome"]["states"]       # those that lie outside
+    assert found["recoveries"][0]["counts"]["trials"] == 2
+    assert [p["name"] for p in found["agreement"][0]["policies"]] == ["base policy", "after WMPO", "after GRPO", "after DPO"]
+    assert all(sum(map(sum, p["confusion"])) == 2 for p in found["agreement"][0]["policies"])
+    assert {c["setting"] for c in found["alignment"]} == {"aligned", "not aligned"} and all(sum(map(sum, c["confusion"])) == 2 for c in found["alignment"])
+    assert found["ablations"][0]["variant"] == "2 chunks" and len(found["ablations"][0]["outcome"]["success"]) == 2
+    rounds = {(c["method"], c["round"]): c for c in found["lifelong"]}
+    assert set(rounds) == {("wmpo", 0), ("wmpo", 1), ("wmpo", 2), ("wmpo", 3), ("imitation", 1)}
+    assert [rounds["wmpo", n]["ledger"]["real_trajectories"] for n in (2, 3)] == [8, 8]
+    assert all(len(c["outcome"]["success"]) == 2 for c in found["lifelong"])

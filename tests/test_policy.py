@@ -187,6 +187,14 @@ def test_saved_policy_acts_the_same(policy, tmp_path):
     assert torch.equal(a.tokens, b.tokens) and torch.equal(a.actions, b.actions)
 
 
+def test_another_instruction_is_another_prompt(policy):
+    images, spoken = some_frames(1), []
+    for instruction in ("lift", "put it down", "lift"):
+        policy.instruction = instruction
+        spoken.append(policy.inputs(images)[1][0].tolist())
+    assert spoken[0] == spoken[2] != spoken[1] and {byte + 3 for byte in b"put it down"} <= {*spoken[1]}
+
+
 def test_folders_that_hold_no_policy(policy, tmp_path):
     with pytest.raises(UserError, match="config.json"): OpenVLAOFT.from_pretrained(tmp_path / "nowhere")
     policy.save_pretrained(tmp_path)

@@ -1,9 +1,12 @@
 "The world model's loss, imagination and training."
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
+from wmpo_nb.alignment import imagine_trajectory
 from wmpo_nb.flow import resolution_shift, shift_timesteps
-from wmpo_nb.presets import STDiTConfig, WorldModelConfig, WorldModelTrainConfig
+from wmpo_nb.presets import STDiTConfig, UserError, WorldModelConfig, WorldModelTrainConfig
 from wmpo_nb.run import Checkpointer
 from wmpo_nb.stdit import STDiT
 from wmpo_nb.world_model import WorldModel, train_world_model
@@ -23,6 +26,8 @@ def windows(count=1, seed=5):
 
 class FixedVelocity(nn.Module):
     "A stand-in for the STDiT that remembers what it was shown and answers what it was told."
+    config = SMALL
+
     def __init__(self, answer):
         super().__init__()
         self.answer = answer
@@ -48,6 +53,28 @@ def test_window_loss_by_hand():
     torch.testing.assert_close(noisy[:, :, :4], 0.95 * latents[:, :, :4] + 0.05 * noise[:, :, :4])
     torch.testing.assert_close(noisy[1, :, 4:], 0.7 * latents[1, :, 4:] + 0.3 * noise[1, :, 4:])
     torch.testing.assert_close(noisy[2, :, 4:], noise[2, :, 4:])
+
+
+@pytest.mark.parametrize("history, action_dim", [(0, 28), (2, 7), (2, 21)])
+def test_both_configurations_agree_on_what_is_told(history, action_dim):
+    with pytest.raises(UserError, match=f"needs stdit.action_dim {7 * (history + 2) if history else 7}, not {action_dim}"):
+        WorldModel(WorldModelConfig(action_history=history), STDiT(replace(SMALL, action_dim=action_dim)))
+
+
+@pytest.mark.parametrize("steps", [3, 8, 12])
+def test_a_trajectory_may_end_within_a_chunk(steps):
+    "As many frames as actions, each answering to its own action; what is whole does not depend on what follows."
+    world_model, generator = small_world_model().eval(), lambda: torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in world_model.parameters(): p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    first, actions = torch.randn(2, 2, 1, 4, 4), torch.randn(2, 16, 7)
+    dream = imagine_trajectory(world_model, first, actions[:, :steps], generator(), steps=2)
+    assert dream.shape == (2, 2, steps + 1, 4, 4) and torch.equal(dream[:, :, :1], first)
+    whole = steps // 8 * 8 + 1
+    assert torch.allclose(dream[:, :, :whole], imagine_trajectory(world_model, first, actions, generator(), steps=2)[:, :, :whole], atol=1e-5)
+    other = actions[:, :steps].clone()
+    other[:, -1] *= -1
+    assert not torch.allclose(dream[:, :, -1], imagine_trajectory(world_model, first, other, generator(), steps=2)[:, :, -1], atol=1e-4)
 
 
 def test_loss_ignores_the_context_and_the_spare_channels():

@@ -799,6 +799,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'wmpo_nb.results.disruptions_figure': ('results.html#disruptions_figure', 'wmpo_nb/results.py'),
                                  'wmpo_nb.results.disruptions_markdown': ('results.html#disruptions_markdown', 'wmpo_nb/results.py'),
                                  'wmpo_nb.results.dreams_and_gains': ('results.html#dreams_and_gains', 'wmpo_nb/results.py'),
+                                 'wmpo_nb.results.error_map': ('results.html#error_map', 'wmpo_nb/results.py'),
                                  'wmpo_nb.results.gained_comparisons': ('results.html#gained_comparisons', 'wmpo_nb/results.py'),
                                  'wmpo_nb.results.gained_figure': ('results.html#gained_figure', 'wmpo_nb/results.py'),
                                  'wmpo_nb.results.gained_groups': ('results.html#gained_groups', 'wmpo_nb/results.py'),

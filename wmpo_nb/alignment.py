@@ -162,18 +162,20 @@ def load_world_model(path, config: WorldModelConfig | None = None, preset: Prese
 @torch.no_grad()
 def imagine_trajectory(world_model: WorldModel, first: torch.Tensor, actions_n: torch.Tensor, generator: torch.Generator,
                        steps: int | None = None) -> torch.Tensor:
-    "Dream from first latents [B, C, 1, h, w] along normalised actions [B, T, 7]: latents [B, C, T + 1, h, w]."
-    context, chunk = world_model.config.context_frames, world_model.config.chunk_size
+    """Dream from first latents [B, C, 1, h, w] along normalised actions [B, T, 7]: latents [B, C, T + 1, h, w]. A last chunk that is
+    not whole is dreamt with idle actions, and cut."""
+    context, chunk, T = world_model.config.context_frames, world_model.config.chunk_size, actions_n.shape[1]
     video = first.repeat(1, 1, context, 1, 1)
+    actions_n = torch.cat([actions_n, actions_n.new_zeros(len(actions_n), -T % chunk, 7)], 1)
     for actions in action_inputs(actions_n, world_model.config.action_history).split(chunk, 1):
         noise = torch.randn(len(first), first.shape[1], chunk, *first.shape[3:], generator=generator).to(first.device)
         video = torch.cat([video, world_model.imagine(video[:, :, -context:], actions, noise, steps)], 2)
-    return video[:, :, context - 1:]
+    return video[:, :, context - 1:context + T]
 
 # %% ../nbs/10_alignment.ipynb #6d4eac3d
 @torch.no_grad()
 def latent_error(world_model: WorldModel, windows: LatentWindows, trajectories, generator) -> torch.Tensor:
-    "Mean squared latent error of open-loop dreams by frame, float32 [T + 1], over real frames of `trajectories` int64 [N]."
+    "Mean squared latent error of open-loop dreams by frame, float32 [T + 1], on `trajectories` int64 [N]; frames that repeat the last one count."
     real = windows.latents[trajectories].float().transpose(1, 2)
     dream = imagine_trajectory(world_model, real[:, :, :1], windows.actions_n[trajectories], generator)
     return (dream - real).square().mean((0, 1, 3, 4))

@@ -464,7 +464,7 @@ OTHER_DIFFERENCES = (
     ("length of the alignment", "3,000,000 steps", "not in the configuration", "`alignment.steps`; the default is our choice"),
     ("spread of a group's scores", "population, no epsilon (Algorithm 1)", "sample (n - 1), plus 1e-6", "as released: the steps are 6 % smaller"),
     ("importance ratio", "of a whole chunk (equation 3)", "of each of its 56 tokens", "as released"),
-    ("negative clips of the judge", "balanced batches, from anywhere in failures", "one random clip of each trial", "balanced, from failures and from before success"),
+    ("negative clips of the judge", "balanced batches, from anywhere in failures", "the last clip of each failure, one random clip of each trial", "balanced, from failures and from before success"),
     ("pixels of the judge", "-", "trained with mean and deviation 0.5, used with ImageNet's", "ImageNet's for both"),
     ("success in the very last frame", "-", "not counted", "counted; `last_clip_counts` of `reward` says otherwise"),
     ("the policy's pictures", "-", "JPEG and Lanczos in training and dreams, not in the simulator", "everywhere, or nowhere: `policy.jpeg_and_lanczos`"),

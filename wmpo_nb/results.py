@@ -6,10 +6,10 @@ __all__ = ['METHODS', 'TABLE1_HEAD', 'PAPER_TASK_NAMES', 'PAPER_TABLE1', 'PAPER_
            'pooled_rate', 'relative_steps', 'base_of', 'best_baseline', 'difference_text', 'table1_rows', 'holm',
            'verdicts', 'table1_comparisons', 'paper_table1', 'noise_markdown', 'truth_row', 'truth_markdown',
            'gained_comparisons', 'gained_groups', 'gained_markdown', 'disruptions_markdown', 'recoveries_markdown',
-           'lifelong_comparisons', 'lifelong_markdown', 'checkpoint_correlation', 'agreement_markdown', 'table1_figure',
-           'noise_figure', 'gained_figure', 'truth_figure', 'agreement_figure', 'disruptions_figure', 'lifelong_figure',
-           'variants_text', 'table1_markdown', 'dreams_and_gains', 'notes', 'kind_of', 'seeds_lines', 'page_markdown',
-           'read_result', 'write_pages']
+           'lifelong_comparisons', 'lifelong_markdown', 'checkpoint_correlation', 'agreement_markdown', 'error_map',
+           'table1_figure', 'noise_figure', 'gained_figure', 'truth_figure', 'agreement_figure', 'disruptions_figure',
+           'lifelong_figure', 'variants_text', 'table1_markdown', 'dreams_and_gains', 'notes', 'kind_of', 'seeds_lines',
+           'page_markdown', 'read_result', 'write_pages']
 
 # %% ../nbs/26_results.ipynb #59b6b44a
 import base64, json, math, re
@@ -400,7 +400,7 @@ def agreement_markdown(cells: list[dict]) -> str:
         "### Verdicts on the same actions", "",
         markdown_table(["run", "policy", "real failure, dreamt failure", "real failure, dreamt success", "real success, dreamt failure",
                         "real success, dreamt success", "balanced accuracy", "ECE of the dream"], confusions), "",
-        "### When the dream departs", "", "Median PSNR by chunk, in dB, and in brackets that of a stranger (another real trial); then how many "
+        "### When and where the dream departs", "", "Where: right in the figure above, both views one above the other. When: median PSNR by chunk, in dB, and in brackets that of a stranger (another real trial); then how many "
         "trajectories are first no closer than the stranger in each chunk.", "",
         markdown_table(["run", "policy", "PSNR by chunk", "departed, by chunk"], _departure_rows(cells)), ""])
 
@@ -419,6 +419,11 @@ def _points(ax, x, groups: list[dict], label: str):
     ends = [[100 * e for e in wilson(k, n)] for _, k, n in kept]
     bars = [[r - low for r, (low, _) in zip(rates, ends)], [high - r for r, (_, high) in zip(rates, ends)]]
     ax.errorbar([at for at, *_ in kept], rates, yerr=bars, fmt="o", ms=4, capsize=3, label=label)
+
+# %% ../nbs/26_results.ipynb #a6d1908e
+def error_map(cells: list[dict]) -> Tensor:
+    "Where dreams err: mean absolute error in the last chunk, grey levels, on 8 x 8 cells of the picture; mean over all policies."
+    return torch.tensor([p["departures"]["error_map"][-1] for c in cells for p in c["policies"]]).mean(0)
 
 # %% ../nbs/26_results.ipynb #b7b3d42c
 def table1_figure(cells: list[dict]):
@@ -471,7 +476,7 @@ def truth_figure(cells: list[dict]):
 
 # %% ../nbs/26_results.ipynb #d01eedbc
 def agreement_figure(cells: list[dict]):
-    figure, (left, right) = _figure(8, 3.2, 2)
+    figure, (left, right, where) = _figure(11, 3.2, 3)
     for cell in cells:
         points = [[100 * p[side][0] / p[side][1] for p in cell["policies"]] for side in ("dreamt", "real")]
         left.plot(*points, "o", ms=4, label=f"{cell['preset']}, P = {cell['P']}, seed {cell['seed']}")
@@ -483,6 +488,8 @@ def agreement_figure(cells: list[dict]):
         low, high = wilson(k, n)
         right.plot([confidence / n] * 2, [low, high], color="C0"); right.plot(confidence / n, k / n, "o", color="C0")
     right.plot([0, 1], [0, 1], color="grey", lw=0.7); right.set(xlabel="confidence in the dream", ylabel="real success (95 %)", xlim=(0, 1), ylim=(0, 1))
+    figure.colorbar(where.imshow(error_map(cells), cmap="magma"), ax=where, label="mean error in the last chunk, grey levels")
+    where.axhline(3.5, color="w", lw=0.7); where.set(xticks=[], yticks=[], ylabel="second view, first view")
     return figure
 
 # %% ../nbs/26_results.ipynb #fa53b938

@@ -268,7 +268,7 @@ class UnusedTextEmbedder(nn.Module):
 
 # %% ../nbs/07_stdit.ipynb #fa8d1b7a
 class STDiT(nn.Module):
-    """Spatio-temporal diffusion transformer (Open-Sora 1.2's STDiT3 as WMPO changed it; reference section 4).
+    """Spatio-temporal diffusion transformer (Open-Sora 1.2's STDiT3 as WMPO changed it).
     Keys and shapes of the state dict are those of the released checkpoints when `config.text_weights`."""
     def __init__(self, config: STDiTConfig):
         super().__init__()

@@ -200,8 +200,8 @@ def train_vae(vae: VAE, frames, config: VAETrainConfig, *, seed: int = 0, checkp
         checkpointer.register(vae=vae, optimizer=optimizer, ema=ema, generator=generator)
         start = checkpointer.restore()
     for step in progress(range(start, config.steps), "vae", start=start):
-        frames = sample(config.batch_size, generator).to(accelerator.device)
-        batch = frames, *draw_disturbance(vae, frames, config, generator)
+        drawn = sample(config.batch_size, generator).to(accelerator.device)
+        batch = drawn, *draw_disturbance(vae, drawn, config, generator)
         loss_of = partial(disturbed_terms, model, config=config)
         terms = train_step(accelerator, loss_of, batch, model, optimizer, step, config, checkpointer)
         ema.update(vae)
@@ -219,12 +219,12 @@ def draw_disturbance(vae: VAE, frames: torch.Tensor, config: VAETrainConfig, gen
     return *noise, (config.latent_noise * torch.rand(len(frames), 1, 1, 1, generator=generator)).to(frames.device)
 
 # %% ../nbs/06_vae.ipynb #3dc17a4c
-def disturbed_terms(model, frames: torch.Tensor, posterior: torch.Tensor, disturbance: torch.Tensor, strength: torch.Tensor,
+def disturbed_terms(model, frames: torch.Tensor, noise: torch.Tensor, disturbance: torch.Tensor, strength: torch.Tensor,
                     config: VAETrainConfig) -> dict:
     "Terms of the loss on uint8 frames [N, H, W, 3] with the noise of `draw_disturbance`; `model` is the VAE, possibly wrapped."
     images = fold_time(to_pixels(frames[:, None]))
     with fast_precision(frames.device):
-        pixels, mean, std = model(images, torch.stack([posterior, disturbance]), strength)
+        pixels, mean, std = model(images, torch.stack([noise, disturbance]), strength)
     return vae_loss(pixels, images, mean, std, config)
 
 # %% ../nbs/06_vae.ipynb #3def96de

@@ -164,7 +164,8 @@ def kl_to_start(log_probs: Tensor, start: Tensor) -> Tensor:
 # %% ../nbs/14_wmpo.ipynb #44e4e9cc
 def _prepare(policy, batch: TrajectoryBatch, config: GRPOConfig, temperature: float, stale: int = 0, start=None) -> list[list[tuple]]:
     """For each mini-batch this process's passes: pairs [n, 2], old log-probabilities [n, 56], advantages [n], weights [n, 56]
-    and the KL to the `start` policy [n, 56]. The first `stale` trajectories keep the probabilities they were made with.
+    the KL to the `start` policy [n, 56], log-probabilities before the update [n, 56]. The first `stale` trajectories keep, as
+    the old ones, those they were made with.
     All processes get as many passes: some repeat one, with weights of zero."""
     chunk = batch.actions.shape[1] // batch.tokens.shape[1]
     mask = action_mask(batch.finish_step, batch.tokens.shape[1], chunk, batch.actions.shape[2])
@@ -175,7 +176,7 @@ def _prepare(policy, batch: TrajectoryBatch, config: GRPOConfig, temperature: fl
         kl = kl_to_start(now, token_statistics(start, batch, pairs, temperature)[0]) if start is not None else torch.zeros_like(now)
         made = batch.log_probs[pairs[:, 0], pairs[:, 1]].to(now.device)
         old = torch.where((pairs[:, :1] < stale).to(now.device), made, now)
-        return pairs, old, scores[pairs[:, 0]].to(old.device), counts * weights[pairs[:, 0], pairs[:, 1]].to(old.device), kl
+        return pairs, old, scores[pairs[:, 0]].to(old.device), counts * weights[pairs[:, 0], pairs[:, 1]].to(old.device), kl, now
     policy.eval()
     with torch.no_grad():
         return [[one(passes[min(i, len(passes) - 1)], i < len(passes)) for i in my_share(len(passes), evenly=True)]
@@ -188,7 +189,7 @@ _LOGGED = ("loss", "clip_fraction", "approx_kl", "entropy", "start_kl")
 def _backward(policy, batch, passes, config, temperature, accelerator) -> Tensor:
     "Accumulate the gradient of one mini-batch, of all processes; returns its numbers, in the order of `_LOGGED`."
     total, passes_known = torch.zeros(len(_LOGGED)), accelerator.gradient_accumulation_steps
-    for pairs, old, scores, weights, kl in passes:
+    for pairs, old, scores, weights, kl, _ in passes:
         log_probs, entropy = token_statistics(policy, batch, pairs, temperature)
         loss, stats = weighted_policy_loss(log_probs, old, scores, weights, config.clip_low, config.clip_high)
         accelerator.backward(loss * passes_known)           # accelerate divides by them; the weights have done so already
@@ -200,11 +201,11 @@ def _backward(policy, batch, passes, config, temperature, accelerator) -> Tensor
 # %% ../nbs/14_wmpo.ipynb #13457985
 @torch.no_grad()
 def _moved(policy, batch, one_pass, temperature) -> float:
-    "How far the policy is from the one that acted, nats a token, estimated on `one_pass` of the main process."
-    pairs, old, _, weights, _ = one_pass
+    "How far one update took the policy, nats a token, estimated on `one_pass` of the main process."
+    pairs, _, _, weights, _, before = one_pass
     policy.eval()
     now, _ = token_statistics(policy, batch, pairs, temperature)
-    mine = torch.stack([(weights * (old - now)).sum(), weights.sum()]).cpu()
+    mine = torch.stack([(weights * (before - now)).sum(), weights.sum()]).cpu()
     distance, weight = sum_over_processes(mine * is_main()).tolist()
     return distance / weight
 

@@ -33,9 +33,9 @@ class WorldModel(nn.Module):
     What it is told as actions is `action_inputs` of them. Raises `UserError` when the two configurations do not agree on its size."""
     def __init__(self, config: WorldModelConfig, stdit: STDiT):
         super().__init__()
-        if config.action_history and stdit.config.action_dim != 7 * (config.action_history + 2):
-            raise UserError(f"world_model.action_history {config.action_history} needs stdit.action_dim {7 * (config.action_history + 2)}, "
-                            f"not {stdit.config.action_dim}")
+        needed = 7 * (config.action_history + 2) if config.action_history else 7
+        if stdit.config.action_dim != needed:
+            raise UserError(f"world_model.action_history {config.action_history} needs stdit.action_dim {needed}, not {stdit.config.action_dim}")
         self.config, self.stdit = config, stdit
 
     @property
