@@ -412,13 +412,17 @@ def _figure(width: float = 7, height: float = 3, columns: int = 1):
 
 # %% ../nbs/26_results.ipynb #f67871ee
 def _points(ax, x, groups: list[dict], label: str):
-    "Pooled success of groups of cells with 95 % intervals; groups without cells are left out."
+    "Pooled success of groups of cells with 95 % intervals, and a dash for each seed if there are several; groups without cells are left out."
     kept = [(at, *pooled_rate(group)) for at, group in zip(x, groups) if group]
     if not kept: return
     rates = [100 * k / n for _, k, n in kept]
     ends = [[100 * e for e in wilson(k, n)] for _, k, n in kept]
     bars = [[r - low for r, (low, _) in zip(rates, ends)], [high - r for r, (_, high) in zip(rates, ends)]]
-    ax.errorbar([at for at, *_ in kept], rates, yerr=bars, fmt="o", ms=4, capsize=3, label=label)
+    points = ax.errorbar([at for at, *_ in kept], rates, yerr=bars, fmt="o", ms=4, capsize=3, label=label)
+    for at, group in zip(x, groups):
+        if len(group) < 2: continue
+        single = [100 * float(successes([c["outcome"]]).float().mean()) for c in group.values()]
+        ax.plot([at + 0.035] * len(group), single, "_", ms=5, color=points[0].get_color(), alpha=0.7)
 
 # %% ../nbs/26_results.ipynb #a6d1908e
 def error_map(cells: list[dict]) -> Tensor:
@@ -435,7 +439,7 @@ def table1_figure(cells: list[dict]):
             groups = [base_of(cells, preset, P) if method == "base" else select(cells, preset=preset, P=P, method=method) for P in budgets]
             _points(ax, [j + 0.12 * (i - 1.5) for j in range(len(budgets))], groups, name)
         ax.set(xticks=range(len(budgets)), xticklabels=[f"P = {P}" for P in budgets], ylabel="success, % (95 %)", title=preset, xlim=(-0.5, len(budgets) - 0.5))
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS), fontsize=7)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS), fontsize=7, title="dashes: single seeds", title_fontsize=7)
     return figure
 
 # %% ../nbs/26_results.ipynb #adae2375
