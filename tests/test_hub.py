@@ -556,7 +556,8 @@ def test_policy_loads_and_acts_without_running_its_python(released, tmp_path, mo
     assert same(policy.state_dict(), file_tensors(released.sft))
     frames = torch.zeros(1, 256, 256, 3, dtype=torch.uint8)
     chunk = policy.act(frames, Streams(0, [0], [0]), 1.0)
-    assert policy._prompt[0] == 1 and policy._prompt[-1] == 29871 and len(policy._prompt) > 9
+    _, prompt = policy._prompt
+    assert prompt[0] == 1 and prompt[-1] == 29871 and len(prompt) > 9
     assert chunk.actions.shape == (1, 8, 7) and chunk.actions[..., :6].abs().max() <= 0.5
     assert not Path("executed").exists() and not any("prismatic" in name for name in sys.modules)
 

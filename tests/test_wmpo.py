@@ -140,11 +140,11 @@ def test_recomputed_log_probs_are_those_of_the_rollout():
     torch.testing.assert_close(log_probs.detach(), batch.log_probs.flatten(0, 1), atol=1e-4, rtol=0)
 
 
-def one_update(config, batch, policy):
+def one_update(config, batch, policy, stale=0):
     from accelerate import Accelerator
     accelerator = Accelerator()
     optimizer = accelerator.prepare(make_optimizer(policy.named_parameters(), config))
-    numbers = update(policy, optimizer, batch, config, temperature=1.0, accelerator=accelerator)
+    numbers = update(policy, optimizer, batch, config, temperature=1.0, accelerator=accelerator, stale=stale)
     return numbers, torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
 
 
@@ -165,6 +165,13 @@ def test_first_step_is_on_policy_and_raises_the_successes():
     pairs = torch.ones(batch.tokens.shape[:2]).nonzero()
     gain = (token_statistics(policy, batch, pairs, 1.0)[0].detach() - batch.log_probs.flatten(0, 1)).view(len(batch), -1).mean(1)
     assert gain[batch.success].mean() > gain[~batch.success].mean()
+
+
+def test_how_far_an_update_moved_is_not_how_old_the_trials_were():
+    batch, _ = collected()
+    old = replace(batch, log_probs=batch.log_probs + 0.5)                     # as if made by a policy half a nat a token away
+    still, much = (one_update(replace(CONFIG, mini_batch=16, learning_rate=rate), old, new_policy(), stale=len(old))[0] for rate in (0.0, 1e-3))
+    assert abs(still["approx_kl"]) > 0.4 and abs(still["moved"]) < 1e-6 < abs(much["moved"])
 
 
 def test_the_loop_asks_a_world_for_three_things_only():
