@@ -11,7 +11,7 @@ from wmpo_nb.evaluation import (Evaluation, calibration, chunk_psnr, departures,
 from wmpo_nb.presets import UserError
 from wmpo_nb.results import (_in_order, PAPER_TABLE1, best_baseline, checkpoint_correlation, compare, gained_groups, gained_markdown, holm, lifelong_comparisons, outcome, page_markdown, paper_table1,
                              pooled_rate, read_result, recoveries_markdown, relative_steps, seeds_lines, select, table1_comparisons, table1_rows, truth_row,
-                             variants_text, verdicts, write_pages)
+                             variants_text, verdicts, without_covered, write_pages)
 from wmpo_nb.trajectory import TrajectoryBatch
 
 
@@ -143,6 +143,14 @@ def test_a_part_with_fewer_seeds_says_so_and_is_compared_with_their_base():
     assert seeds_lines(CELLS[:1])[0].startswith("Seeds: 0.")                # only the base policy yet
     small = {row[0]: row for row in table1_rows(many, "tiny_lift", 512)}
     assert "(32/64" in small["base policy"][1] and small["base policy"][2] == "50.0"
+
+
+def test_commands_that_a_wider_one_covers_are_not_listed():
+    made = "wmpo-experiment table1"
+    lines = [f"{made} --seeds 7", f"{made} --budgets 128 --seeds 6 7 --output a", f"{made} --budgets 512 --seeds 6", f"{made} --budgets 512 --seeds 6 --only dpo",
+             f"{made} --budgets 512 --seeds 6 8 --only dpo", f"{made} --budgets 128 --seeds 7 6 --results b", f"{made} --preset tiny_stack --seeds 7",
+             f"{made} --seeds 7 --grpo.groups 4"]
+    assert without_covered(lines) == [lines[i] for i in (2, 4, 5, 6, 7)]
 
 
 def test_a_damaged_result_is_named(tmp_path):

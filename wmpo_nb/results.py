@@ -9,10 +9,10 @@ __all__ = ['METHODS', 'TABLE1_HEAD', 'PAPER_TASK_NAMES', 'PAPER_TABLE1', 'PAPER_
            'lifelong_comparisons', 'lifelong_markdown', 'checkpoint_correlation', 'agreement_markdown', 'error_map',
            'table1_figure', 'noise_figure', 'gained_figure', 'truth_figure', 'agreement_figure', 'disruptions_figure',
            'lifelong_figure', 'variants_text', 'table1_markdown', 'dreams_and_gains', 'notes', 'kind_of', 'seeds_lines',
-           'page_markdown', 'read_result', 'write_pages']
+           'without_covered', 'page_markdown', 'read_result', 'write_pages']
 
 # %% ../nbs/26_results.ipynb #59b6b44a
-import base64, json, math, re
+import base64, json, math, re, shlex
 from pathlib import Path
 
 # %% ../nbs/26_results.ipynb #6fab7eb5
@@ -21,7 +21,7 @@ from torch import Tensor
 
 # %% ../nbs/26_results.ipynb #3043d500
 from .evaluation import Agreement, Evaluation, mcnemar, over_trainings, paired_difference, spearman, wilson
-from .presets import UserError
+from .presets import UserError, load_preset
 from .run import atomic_write
 
 # %% ../nbs/26_results.ipynb #f653a524
@@ -592,11 +592,34 @@ def seeds_lines(cells: list[dict]) -> list[str]:
     if few: lines.append(f"**Fewer than three seeds: nothing {where} says how much training itself varies.**")
     return lines
 
+# %% ../nbs/26_results.ipynb #c81f40d7
+def _asked(line: str) -> dict[str, set]:
+    "What a command line of `wmpo-experiment` asks for: each option with its values. Where its files go is left out."
+    words, found, name = shlex.split(line)[1:], {"": set()}, ""
+    for word in words:
+        if word.startswith("--"): name = word; found[name] = set()
+        else: found[name].add(word)
+    preset = load_preset(*found.get("--preset", {"tiny_lift"}))
+    places = "--output", "--results", "--cache", "--demo", "--jobs", "--keep", "--resume", "--extend"
+    plain = {"--preset": {preset.name}, "--seeds": {"0", "1", "2"}, "--budgets": {str(preset.collect.trajectories)}, "--only": {"*"}}
+    return plain | {name: values for name, values in found.items() if name not in places}
+
+
+def without_covered(lines: list[str]) -> list[str]:
+    "The command lines of which no other one, or a later equal one, makes all the cells."
+    def covers(wide, narrow):
+        sets, alike = ("--seeds", "--budgets", "--only"), {**wide, **narrow}.keys() - {"--seeds", "--budgets", "--only"}
+        return (all(wide.get(name) == narrow.get(name) for name in alike)
+                and all(narrow[name] <= wide[name] or (name == "--only" and "*" in wide[name]) for name in sets))
+    asked = [_asked(line) for line in lines]
+    return [line for i, line in enumerate(lines)
+            if not any(covers(other, asked[i]) and (j > i or not covers(asked[i], other)) for j, other in enumerate(asked) if j != i)]
+
 # %% ../nbs/26_results.ipynb #43f2328a
 def page_markdown(record: dict) -> str:
     "The page of one result file."
     title, body, figure = PAGES[record["experiment"]]
-    made = ["Made by", "", *(f"- `{command}`" for command in record["commands"]), "", *seeds_lines(record["cells"])]
+    made = ["Made by", "", *(f"- `{command}`" for command in without_covered(record["commands"])), "", *seeds_lines(record["cells"])]
     picture = [f"![{title}](figures/{record['experiment']}.png)", ""] if figure else []
     text = body(record["cells"])
     return "\n".join([f"# {title}", "", *made, "", *picture, text, *(f"{note}\n" for note in notes(text))])
