@@ -467,10 +467,11 @@ def _comparison(numbers: dict, first: str) -> str:
 
 
 def _over_seeds(runs: list[dict]) -> list[str]:
-    "What may be said of another training: the interval of the mean gain over seeds."
+    "What may be said of another training: the interval of the mean gain over seeds. Nothing for a single run."
     gains = [run["difference"][0] for run in runs]
     interval = over_trainings(gains)
-    if interval is None: return ["", f"The row \"all\" speaks of {'these policies' if len(gains) > 1 else 'this policy'}: fewer than three trainings say nothing about another one."] * (len(gains) > 1)
+    if len(gains) < 2: return []
+    if interval is None: return ["", 'The row "all" speaks of these policies: fewer than three trainings say nothing about another one.']
     return ["", "The row \"all\" speaks of these policies. Over trainings, one number a seed, the mean gain is {:+.1f} points (Student's 95 % interval {:+.1f} to {:+.1f}).".format(
         *(100 * x for x in (sum(gains) / len(gains), *interval)))]
 
