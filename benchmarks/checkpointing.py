@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from wmpo_nb.alignment import make_world_model
 from wmpo_nb.policy import OpenVLAOFT, action_ids
 from wmpo_nb.presets import load_preset
-from wmpo_nb.run import checkpoint_blocks
+from wmpo_nb.training import checkpoint_blocks
 from wmpo_nb.trajectory import ActionStats
 
 DEEP = {"policy.num_layers": "16", "policy.vision_depths": "[16]", "stdit.depth": "16"}

@@ -24,7 +24,8 @@ from wmpo_nb.dream import Dream
 from wmpo_nb.policy import OpenVLAOFT
 from wmpo_nb.presets import load_preset
 from wmpo_nb.reward import SuccessClassifier
-from wmpo_nb.run import is_main, make_optimizer, prepare, start_processes, sum_over_processes, wait_for_all
+from wmpo_nb.processes import is_main, prepare, start_processes, sum_over_processes, wait_for_all
+from wmpo_nb.training import make_optimizer
 from wmpo_nb.trajectory import ActionStats, InitialState, TrajectoryBatch
 from wmpo_nb.vae import VAE
 from wmpo_nb.wmpo import _memory, try_states, update

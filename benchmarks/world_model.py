@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 from wmpo_nb.alignment import make_world_model
 from wmpo_nb.presets import load_preset
-from wmpo_nb.run import EMA, fast_precision, make_optimizer, optimizer_step
+from wmpo_nb.training import EMA, fast_precision, make_optimizer, optimizer_step
 
 VARIANTS = {
     "as shipped: bfloat16, Muon, hidden 128": {},

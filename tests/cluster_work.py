@@ -19,7 +19,8 @@ from wmpo_nb.evaluation import evaluate
 from wmpo_nb.policy import OpenVLAOFT
 from wmpo_nb.presets import WorldModelTrainConfig
 from wmpo_nb.reward import train_reward
-from wmpo_nb.run import Checkpointer, is_sharded, processes, start_processes, wait_for_all
+from wmpo_nb.processes import is_sharded, processes, start_processes, wait_for_all
+from wmpo_nb.run import Checkpointer
 from wmpo_nb.sft import train_sft
 from wmpo_nb.trajectory import rollout
 from wmpo_nb.vae import reconstruct_shards, train_vae

@@ -13,7 +13,8 @@ import test_wmpo
 
 from wmpo_nb.policy import OpenVLAOFT
 from wmpo_nb.presets import UserError
-from wmpo_nb.run import Checkpointer, is_sharded, place, processes, start_processes
+from wmpo_nb.processes import is_sharded, place, processes, start_processes
+from wmpo_nb.run import Checkpointer
 from wmpo_nb.sft import train_sft
 
 FRUGAL = {"lora_rank": 4, "activation_checkpointing": True, "learning_rate": 2e-3}

@@ -12,7 +12,8 @@ from PIL import Image
 
 from wmpo_nb.policy import Adapters, OpenVLAOFT, add_adapters, adapters_off, save_trained, trained_part, whole_weights
 from wmpo_nb.presets import Preset, WorldModelTrainConfig
-from wmpo_nb.run import EMA, Checkpointer, Run, checkpoint_blocks
+from wmpo_nb.run import Checkpointer, Run
+from wmpo_nb.training import EMA, checkpoint_blocks
 from wmpo_nb.sft import main as sft_main
 from wmpo_nb.sft import train_sft
 from wmpo_nb.wmpo import trial_film

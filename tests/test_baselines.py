@@ -19,7 +19,8 @@ from wmpo_nb.baselines import (affordable, batch_variants, dpo_coefficients, dpo
 from wmpo_nb.grpo import action_mask
 from wmpo_nb.policy import OpenVLAOFT
 from wmpo_nb.presets import GRPOConfig, Preset, UserError
-from wmpo_nb.run import Checkpointer, Diverged, Run, read_metrics
+from wmpo_nb.run import Checkpointer, Run, read_metrics
+from wmpo_nb.training import Diverged
 from wmpo_nb.trajectory import InitialState, rollout
 
 CONFIG = GRPOConfig(group_size=4, groups=4, max_draws=2, mini_batch=8, micro_batch=4, learning_rate=1e-3)

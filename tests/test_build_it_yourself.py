@@ -1,4 +1,4 @@
-"Notebook 27: the folded solutions pass its checks, typical mistakes are named, and the loop learns with the student's parts."
+"Notebook 30: the folded solutions pass its checks, typical mistakes are named, and the loop learns with the student's parts."
 import json
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-NOTEBOOK = Path(__file__).parent.parent / "nbs/27_build_it_yourself.ipynb"
+NOTEBOOK = Path(__file__).parent.parent / "nbs/30_build_it_yourself.ipynb"
 CELLS = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(NOTEBOOK.read_text())["cells"]]
 BLANKS = {re.match(r"# your turn: (.+)", source)[1]: i for i, (kind, source) in enumerate(CELLS)
           if kind == "code" and source.startswith("# your turn")}

@@ -15,8 +15,9 @@ from torch import nn
 
 from wmpo_nb.demo import SHIPPED
 from wmpo_nb.presets import UserError, WorldModelTrainConfig, load_preset
-from wmpo_nb.run import (Checkpointer, Diverged, Run, Stopped, check_finite, heed_sigterm, make_optimizer, parse_preset, prepare,
-                         preset_parser, read_metrics, start_processes, train_step)
+from wmpo_nb.processes import prepare, start_processes
+from wmpo_nb.run import Checkpointer, Run, Stopped, heed_sigterm, parse_preset, preset_parser, read_metrics
+from wmpo_nb.training import Diverged, check_finite, make_optimizer, train_step
 from wmpo_nb.trajectory import read_shards
 
 ROOT = Path(__file__).parent.parent

@@ -41,7 +41,7 @@ from wmpo_nb.alignment import make_world_model
 from wmpo_nb.policy import OpenVLAOFT, action_ids
 from wmpo_nb.presets import load_preset
 from wmpo_nb.reward import SuccessClassifier, block_named, hardest
-from wmpo_nb.run import EMA, fast_precision, make_optimizer, optimizer_step
+from wmpo_nb.training import EMA, fast_precision, make_optimizer, optimizer_step
 from wmpo_nb.sft import imitation_loss, smoothed_targets
 from wmpo_nb.trajectory import ActionStats
 from wmpo_nb.vae import VAE, disturbed_terms, draw_disturbance
@@ -138,7 +138,7 @@ def peak_allocated(function):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_memory_of_a_real_policy_update_is_within_a_quarter(checkpointing):
     from accelerate import Accelerator
-    from wmpo_nb.run import checkpoint_blocks, make_optimizer
+    from wmpo_nb.training import checkpoint_blocks, make_optimizer
     from wmpo_nb.trajectory import ActionStats, TrajectoryBatch
     from wmpo_nb.wmpo import update
     policy = OpenVLAOFT(TINY.policy, ActionStats.from_actions(torch.rand(50, 7)), "lift")
@@ -161,7 +161,7 @@ def test_memory_of_a_real_policy_update_is_within_a_quarter(checkpointing):
 @pytest.mark.parametrize("stage, checkpointing", [("grpo", False), ("grpo", True), ("alignment", False), ("alignment", True)])
 def test_memory_beside_the_weights_is_within_a_quarter(stage, checkpointing):
     "Activations and casts alone, which is what checkpointing is about, in networks twice as deep: forward and backward, gradients there already."
-    from wmpo_nb.run import checkpoint_blocks, fast_precision
+    from wmpo_nb.training import checkpoint_blocks, fast_precision
     deep = load_preset("tiny_lift", {"policy.num_layers": "8", "policy.vision_depths": "[8]", "stdit.depth": "8", "alignment.batch_size": "8",
                                      "grpo.micro_batch": "4"})
     torch.manual_seed(0)

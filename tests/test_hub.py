@@ -32,7 +32,7 @@ from wmpo_nb.hub import Listing
 from wmpo_nb.policy import OpenVLAOFT, save_trained, stats_entry
 from wmpo_nb.presets import PolicyConfig, RewardConfig, STDiTConfig, UserError, VAEConfig, load_preset
 from wmpo_nb.reward import SuccessClassifier, load_pth, load_reward, save_pth
-from wmpo_nb.run import load_tensors, save_tensors
+from wmpo_nb.weights import load_tensors, save_tensors
 from wmpo_nb.stdit import STDiT
 from wmpo_nb.trajectory import ActionStats, Streams, load_stats, save_stats
 from wmpo_nb.vae import VAE, load_diffusers, load_vae, save_diffusers

@@ -25,7 +25,8 @@ from wmpo_nb.alignment import main
 from wmpo_nb.oxe import (OXE_MIXTURE, RELEASED, Conventions, Mixture, RobotVideos, RobotWindows, Shuffle, Source, WindowStream, find_action_stats,
                          find_sources, latent_sampler, normalize_actions, write_dataset, write_video)
 from wmpo_nb.presets import UserError, load_preset
-from wmpo_nb.run import load_weights, read_metrics
+from wmpo_nb.run import read_metrics
+from wmpo_nb.weights import load_weights
 from wmpo_nb.trajectory import ActionStats, load_stats
 
 ROOT = Path(__file__).parent.parent

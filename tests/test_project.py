@@ -81,7 +81,7 @@ def test_arrows_point_down(module):
 
 @pytest.mark.parametrize("name", ["grpo", "flow", "trajectory"])
 def test_pure_rooms_import_no_model(name):
-    assert imports(PACKAGE / f"{name}.py")[0] <= {"presets", "run", "trajectory"}
+    assert imports(PACKAGE / f"{name}.py")[0] <= {"presets", "weights", "trajectory"}
 
 
 def test_importing_is_light():

@@ -21,7 +21,8 @@ from wmpo_nb.alignment import load_world_model
 from wmpo_nb.policy import load_policy
 from wmpo_nb.presets import load_preset
 from wmpo_nb.reward import load_reward, save_reward, trajectory_scores
-from wmpo_nb.run import load_tensors, read_metrics
+from wmpo_nb.run import read_metrics
+from wmpo_nb.weights import load_tensors
 from wmpo_nb.simulator import Simulator, Style, script_trials
 from wmpo_nb.trajectory import load_first_frames, read_shards, rollout, write_shard
 from wmpo_nb.vae import load_vae

@@ -9,7 +9,8 @@ from wmpo_nb.presets import RewardConfig, RewardTrainConfig, UserError, load_pre
 from wmpo_nb.reward import (
     SuccessClassifier, augment, calibrate, clip_ends, clip_pools, clips_at, decide, f1_score, hardest, load_pretrained, load_reward, main,
     preprocess, sample_clips, save_reward, select_threshold, split_trajectories, start_of, train_reward, trajectory_scores)
-from wmpo_nb.run import Checkpointer, save_tensors
+from wmpo_nb.run import Checkpointer
+from wmpo_nb.weights import save_tensors
 from wmpo_nb.trajectory import TrajectoryBatch, write_shard
 
 SMALL = RewardConfig(image_size=16, patch_size=8, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32)

@@ -10,10 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from wmpo_nb.presets import UserError, WorldModelTrainConfig, load_preset
-from wmpo_nb.run import (EMA, Checkpointer, Ledger, Optimizers, Run, atomic_write, command, fingerprint, is_block_matrix,
-                         learning_rate_at, load_into, load_metrics, load_weights, make_optimizer, open_run, parse_preset,
-                         preset_parser, read_metrics, save_weights)
+from wmpo_nb.presets import UserError, load_preset
+from wmpo_nb.run import Checkpointer, Ledger, Run, command, open_run, parse_preset, preset_parser, read_metrics
 
 TRAIN = """
 import random, sys
@@ -21,7 +19,9 @@ import numpy as np, torch
 from torch import nn
 from accelerate import Accelerator
 from wmpo_nb.presets import WorldModelTrainConfig, load_preset
-from wmpo_nb.run import EMA, Checkpointer, Run, make_optimizer, optimizer_step, save_weights
+from wmpo_nb.run import Checkpointer, Run
+from wmpo_nb.training import EMA, make_optimizer, optimizer_step
+from wmpo_nb.weights import save_weights
 
 output, resume = sys.argv[1], "--resume" in sys.argv
 config = WorldModelTrainConfig(steps=60, warmup_steps=5, decay_steps=20, ema=0.9)
@@ -81,48 +81,6 @@ def test_kill_minus_nine_changes_nothing(tmp_path):
     assert without_seconds(killed) == without_seconds(unbroken)
 
 
-def test_atomic_write_keeps_the_old_file(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises(ZeroDivisionError), atomic_write(path) as temporary:
-        temporary.write_text("ne")
-        raise ZeroDivisionError
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    with atomic_write(path) as temporary: temporary.write_text("new")
-    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
-
-
-def test_weights_round_trip(tmp_path):
-    layer = nn.Linear(3, 2)
-    tied = {"a": layer.weight, "b": layer.weight, "count": torch.tensor(3)}
-    path = tmp_path / "w.safetensors"
-    save_weights(path, tied, config={"patch_size": (1, 2, 2)}, metrics={"f1": 0.5}, dtype=torch.bfloat16)
-    state, config = load_weights(path)
-    assert config == {"patch_size": (1, 2, 2)} and load_metrics(path) == {"f1": 0.5}
-    assert state["a"].dtype == torch.bfloat16 and state["count"].dtype == torch.int64
-    assert torch.equal(state["a"], state["b"]) and torch.equal(state["a"], layer.weight.detach().bfloat16())
-    config = WorldModelTrainConfig(steps=7)
-    save_weights(path, layer, config=config)
-    assert WorldModelTrainConfig(**load_weights(path)[1]) == config
-
-
-def test_bad_weights_are_the_users_error(tmp_path):
-    path = tmp_path / "w.safetensors"
-    with pytest.raises(UserError, match="not found.*--from-scratch"): load_weights(path)
-    save_weights(path, nn.Linear(300, 20), config={})
-    whole = path.read_bytes()
-    for damaged in (whole[:-1], whole[:100], whole[:5], b"", b"not safetensors at all"):
-        path.write_bytes(damaged)
-        with pytest.raises(UserError, match="truncated"): load_weights(path)
-        with pytest.raises(UserError, match="truncated"): load_metrics(path)
-    path.write_bytes(whole)
-    with pytest.raises(UserError, match=re.escape("'weight' is (20, 300) in the file and (20, 30) in the network")):
-        load_into(nn.Linear(30, 20), path)
-    with pytest.raises(UserError, match="'bias' is not in the network"): load_into(nn.Linear(300, 20, bias=False), path)
-    with pytest.raises(UserError, match="'0.weight' is missing"): load_into(nn.Sequential(nn.Linear(300, 20)), path)
-    load_into(nn.Linear(300, 20, bias=False), path, strict=False)
-
-
 def test_checkpoints_are_complete_or_absent(tmp_path):
     layer = nn.Linear(2, 2)
     checkpointer = Checkpointer(tmp_path, every=5, keep=2).register(layer=layer)
@@ -150,64 +108,6 @@ def test_a_checkpoint_of_something_else_is_the_users_error(tmp_path):
     with pytest.raises(UserError, match="does not fit 'layer'"):
         Checkpointer(tmp_path, every=1).register(layer=nn.Linear(2, 3)).restore()
     with pytest.raises(UserError, match="delete it"): Checkpointer(tmp_path, every=1).register(other=nn.Linear(2, 2)).restore()
-
-
-def test_ema_is_the_weighted_mean_of_the_weights():
-    layer, values = nn.Linear(1, 1, bias=False), [3.0, -1.0, 4.0, 1.5]
-    nn.init.constant_(layer.weight, 2.0)
-    ema, expected = EMA(layer, 0.2), 2.0
-    for n, value in enumerate(values):
-        nn.init.constant_(layer.weight, value)
-        ema.update(layer)
-        decay = min(0.2, (1 + n) / (10 + n))
-        expected = decay * expected + (1 - decay) * value
-    other = EMA(nn.Linear(1, 1, bias=False), 0.2)
-    other.load_state_dict(ema.state_dict())
-    other.copy_to(layer)
-    assert layer.weight.item() == pytest.approx(expected) and other.updates == 4
-
-
-def test_ema_of_half_precision_weights_is_kept_in_float32():
-    layer = nn.Linear(1, 1, bias=False).bfloat16()
-    nn.init.constant_(layer.weight, 1.0)
-    ema = EMA(layer, 0.9999)
-    ema.updates = 10**6
-    nn.init.constant_(layer.weight, 2.0)
-    ema.update(layer)
-    assert ema.average["weight"].item() == pytest.approx(1.0001, abs=1e-6)    # in bfloat16 it would stay 1
-
-
-def test_an_average_without_decay_holds_no_weights_and_changes_none():
-    layer = nn.Linear(1, 1, bias=False)
-    ema = EMA(layer, 0.0)
-    nn.init.constant_(layer.weight, 2.0)
-    ema.update(layer)
-    ema.copy_to(layer)
-    assert layer.weight.item() == 2.0 and not ema.state_dict()["average"]
-
-
-def test_learning_rate_without_warmup_or_decay_is_constant():
-    config = WorldModelTrainConfig(steps=10, warmup_steps=0, decay_steps=0)
-    assert {learning_rate_at(step, config) for step in range(10)} == {config.learning_rate}
-
-
-def test_muon_takes_block_matrices_only():
-    names = ("spatial_blocks.0.attn.qkv.weight", "temporal_blocks.3.mlp.fc1.weight", "model.layers.1.mlp.up_proj.weight")
-    assert all(is_block_matrix(name, torch.zeros(2, 2)) for name in names)
-    others = ("spatial_blocks.0.scale_shift_table", "t_block.1.weight", "x_embedder.proj.weight", "lm_head.weight")
-    assert not any(is_block_matrix(name, torch.zeros(2, 2)) for name in others)
-    assert not is_block_matrix("blocks.0.norm.weight", torch.zeros(2))
-
-
-def test_optimizers_share_no_parameter_and_skip_frozen_ones():
-    model = nn.ModuleDict({"head": nn.Linear(4, 4), "blocks": nn.ModuleList([nn.Linear(4, 4)])})
-    model["head"].bias.requires_grad_(False)
-    optimizer = make_optimizer(model.named_parameters(), WorldModelTrainConfig())
-    assert isinstance(optimizer, Optimizers)
-    parameters = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    assert len(parameters) == len(set(parameters)) == 3
-    with pytest.raises(UserError, match="adamw or muon"):
-        make_optimizer(model.named_parameters(), WorldModelTrainConfig(optimizer="sgd"))
 
 
 def test_ledger_counts_lost_work_once_and_stages_add_up():
@@ -263,16 +163,6 @@ def test_a_command_goes_on_with_the_files_it_began_with(tmp_path):
     with pytest.raises(UserError, match=r"other files \(--policy\)"): start("--policy", str(tmp_path / "b"), "--resume")
     with pytest.raises(UserError, match=r"other files \(--world-model\)"):
         start("--policy", str(tmp_path / "a"), "--world-model", str(tmp_path / "b"), "--resume")
-
-
-def test_only_trajectories_of_a_folder_of_them_count(tmp_path):
-    (tmp_path / "part").mkdir()
-    (tmp_path / "part/0.tar").write_bytes(b"trials")
-    before = fingerprint(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text("written by the run")
-    assert fingerprint(tmp_path) == before
-    (tmp_path / "1.tar").write_bytes(b"more")
-    assert fingerprint(tmp_path) != before
 
 
 def test_a_run_older_than_a_field_of_its_preset_goes_on(tmp_path):

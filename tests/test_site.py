@@ -91,7 +91,7 @@ def test_what_a_cell_wrote_as_markdown_is_shown_as_markdown(site, pages):
 
 
 def test_a_notebook_is_called_by_its_number(site):
-    assert re.search(r"<h1>08 Rectified flow", (site / "nbs/08_flow.html").read_text())
+    assert re.search(r"<h1>11 Rectified flow", (site / "nbs/11_flow.html").read_text())
 
 
 def test_api_pages_have_signatures_docstrings_and_shapes(site):
@@ -149,7 +149,7 @@ def open_page(browser, address):
 
 
 def test_math_is_set(open_page):
-    page = open_page("nbs/13_grpo.html")
+    page = open_page("nbs/16_grpo.html")
     page.wait_for_selector("mjx-container mjx-math")
     assert page.locator("mjx-container").count() >= 5 and page.locator("mjx-merror").count() == 0
     assert page.evaluate("document.fonts.ready.then(() => [...document.fonts].some(f => f.family.startsWith('MJX') && f.status === 'loaded'))")
@@ -157,14 +157,14 @@ def test_math_is_set(open_page):
 
 
 def test_pictures_are_drawn(open_page):
-    page = open_page("nbs/12_dream.html")
+    page = open_page("nbs/15_dream.html")
     page.wait_for_load_state("load")
     sizes = page.evaluate("[...document.querySelectorAll('article .cell_output img')].map(i => [i.naturalWidth, i.clientWidth])")
     assert sizes and all(natural > 100 and shown > 100 for natural, shown in sizes)
 
 
 def test_search_finds_words_and_names(open_page):
-    for word, expected in (("rectified", "nbs/08_flow.html"), ("add_noise", "api/flow.html")):
+    for word, expected in (("rectified", "nbs/11_flow.html"), ("add_noise", "api/flow.html")):
         page = open_page(f"search.html?q={word}")
         page.wait_for_selector("#search-results ul.search li a")
         page.wait_for_function("document.querySelectorAll('#search-results ul.search li').length > 1")
@@ -173,7 +173,7 @@ def test_search_finds_words_and_names(open_page):
 
 
 def test_code_and_solutions_fold(open_page):
-    page = open_page("nbs/08_flow.html")
+    page = open_page("nbs/11_flow.html")
     solutions = page.locator("details.hide", has=page.locator("summary", has_text="Solution"))
     assert solutions.count() == 3
     for fold, word in ((solutions.first, "assert"), (page.locator("details.hide").first, "import")):
@@ -182,7 +182,7 @@ def test_code_and_solutions_fold(open_page):
         assert fold.locator("pre").first.is_visible() and word in fold.inner_text()
 
 
-@pytest.mark.parametrize("path", ["index.html", "nbs/07_stdit.html", "api/presets.html", "results/tiny_lift.html", "docs/play.html",
+@pytest.mark.parametrize("path", ["index.html", "nbs/10_stdit.html", "api/presets.html", "results/tiny_lift.html", "docs/play.html",
                                   "data_cards/wmpo_rollouts.html", "docs/glossary.html"])
 def test_a_phone_needs_no_sideways_scrolling(open_page, path):
     page = open_page(path, viewport={"width": 375, "height": 700})
@@ -193,7 +193,7 @@ def test_a_phone_needs_no_sideways_scrolling(open_page, path):
 
 @pytest.mark.parametrize("width", [1024, 1280, 1600])
 def test_nor_does_a_screen(open_page, width):
-    page = open_page("nbs/12_dream.html", viewport={"width": width, "height": 900})
+    page = open_page("nbs/15_dream.html", viewport={"width": width, "height": 900})
     page.wait_for_load_state("load")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
@@ -201,7 +201,7 @@ def test_nor_does_a_screen(open_page, width):
 def test_light_and_dark(open_page):
     brightness = {}
     for scheme in ("light", "dark"):
-        page = open_page("nbs/12_dream.html", color_scheme=scheme)
+        page = open_page("nbs/15_dream.html", color_scheme=scheme)
         colour = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number)")
         brightness[scheme] = sum(colour) / 3
     assert brightness["light"] > 220 and brightness["dark"] < 60

@@ -10,7 +10,8 @@ import torch
 from helpers import SMALL, STATS
 from wmpo_nb.policy import OpenVLAOFT
 from wmpo_nb.presets import GRPOConfig, Preset, UserError
-from wmpo_nb.run import Checkpointer, Run, Stopped, heed_sigterm, make_optimizer, told_to_stop
+from wmpo_nb.run import Checkpointer, Run, Stopped, heed_sigterm, told_to_stop
+from wmpo_nb.training import make_optimizer
 from wmpo_nb.trajectory import InitialState, rollout, write_shard
 from wmpo_nb.wmpo import (NothingToLearn, draw_states, dream_starts, forward_passes, gather, main, mix_seed, token_statistics,
                           train_wmpo, update, validate)

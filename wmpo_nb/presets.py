@@ -141,7 +141,7 @@ class CollectConfig:
 @dataclass(frozen=True)
 class SFTConfig:
     "Behaviour cloning of the base policy on scripted demonstrations."
-    demonstrations: int = 60                           # few, and learnt to the end: what practice can improve (notebook 05)
+    demonstrations: int = 60                           # few, and learnt to the end: what practice can improve (notebook 08)
     steps: int = 1500
     batch_size: int = 16
     learning_rate: float = 1e-3

@@ -1,0 +1,65 @@
+"The parts of a step: weight average, learning rate, optimisers."
+import pytest
+import torch
+from torch import nn
+
+from wmpo_nb.presets import UserError, WorldModelTrainConfig
+from wmpo_nb.training import EMA, Optimizers, is_block_matrix, learning_rate_at, make_optimizer
+
+
+def test_ema_is_the_weighted_mean_of_the_weights():
+    layer, values = nn.Linear(1, 1, bias=False), [3.0, -1.0, 4.0, 1.5]
+    nn.init.constant_(layer.weight, 2.0)
+    ema, expected = EMA(layer, 0.2), 2.0
+    for n, value in enumerate(values):
+        nn.init.constant_(layer.weight, value)
+        ema.update(layer)
+        decay = min(0.2, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * value
+    other = EMA(nn.Linear(1, 1, bias=False), 0.2)
+    other.load_state_dict(ema.state_dict())
+    other.copy_to(layer)
+    assert layer.weight.item() == pytest.approx(expected) and other.updates == 4
+
+
+def test_ema_of_half_precision_weights_is_kept_in_float32():
+    layer = nn.Linear(1, 1, bias=False).bfloat16()
+    nn.init.constant_(layer.weight, 1.0)
+    ema = EMA(layer, 0.9999)
+    ema.updates = 10**6
+    nn.init.constant_(layer.weight, 2.0)
+    ema.update(layer)
+    assert ema.average["weight"].item() == pytest.approx(1.0001, abs=1e-6)    # in bfloat16 it would stay 1
+
+
+def test_an_average_without_decay_holds_no_weights_and_changes_none():
+    layer = nn.Linear(1, 1, bias=False)
+    ema = EMA(layer, 0.0)
+    nn.init.constant_(layer.weight, 2.0)
+    ema.update(layer)
+    ema.copy_to(layer)
+    assert layer.weight.item() == 2.0 and not ema.state_dict()["average"]
+
+
+def test_learning_rate_without_warmup_or_decay_is_constant():
+    config = WorldModelTrainConfig(steps=10, warmup_steps=0, decay_steps=0)
+    assert {learning_rate_at(step, config) for step in range(10)} == {config.learning_rate}
+
+
+def test_muon_takes_block_matrices_only():
+    names = ("spatial_blocks.0.attn.qkv.weight", "temporal_blocks.3.mlp.fc1.weight", "model.layers.1.mlp.up_proj.weight")
+    assert all(is_block_matrix(name, torch.zeros(2, 2)) for name in names)
+    others = ("spatial_blocks.0.scale_shift_table", "t_block.1.weight", "x_embedder.proj.weight", "lm_head.weight")
+    assert not any(is_block_matrix(name, torch.zeros(2, 2)) for name in others)
+    assert not is_block_matrix("blocks.0.norm.weight", torch.zeros(2))
+
+
+def test_optimizers_share_no_parameter_and_skip_frozen_ones():
+    model = nn.ModuleDict({"head": nn.Linear(4, 4), "blocks": nn.ModuleList([nn.Linear(4, 4)])})
+    model["head"].bias.requires_grad_(False)
+    optimizer = make_optimizer(model.named_parameters(), WorldModelTrainConfig())
+    assert isinstance(optimizer, Optimizers)
+    parameters = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert len(parameters) == len(set(parameters)) == 3
+    with pytest.raises(UserError, match="adamw or muon"):
+        make_optimizer(model.named_parameters(), WorldModelTrainConfig(optimizer="sgd"))
