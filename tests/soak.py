@@ -95,7 +95,7 @@ def command(stage: str, parts: Path, output: Path) -> list[str]:
         "sft": ("sft", data), "vae": ("vae", data), "world_model": ("alignment", [*data, *vae, *stats]),
         "alignment": ("alignment", [*data, *vae, *stats, "--align", parts / "world_model.safetensors"]), "reward": ("reward", data),
         "grpo": ("wmpo", [*data, *vae, "--policy", parts / "policy", "--world-model", parts / "world_model.safetensors",
-                          "--reward", parts / "reward.safetensors"]),
+                          "--reward", parts / "reward.safetensors", "--save-every", 3]),
         "collect": ("collect", ["--policy", parts / "policy", "--workers", 0]),
         "evaluate": ("evaluation", ["--policy", parts / "policy", "--baseline", parts / "policy"]),
         "baseline_grpo": ("baselines", ["grpo", "--policy", parts / "policy", "--workers", 0, "--selection", 8]),

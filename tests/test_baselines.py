@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from dataclasses import replace
 from functools import partial
 
@@ -14,7 +15,7 @@ import torch
 
 from helpers import SMALL, STATS, refusal
 from wmpo_nb import baselines
-from wmpo_nb.baselines import (affordable, batch_variants, dpo_coefficients, dpo_loss, dpo_step, main, pair_up, train_dpo, train_online,
+from wmpo_nb.baselines import (_settings, affordable, batch_variants, dpo_coefficients, dpo_loss, dpo_step, main, pair_up, train_dpo, train_online,
                                trajectory_log_probs, try_variants)
 from wmpo_nb.grpo import action_mask
 from wmpo_nb.policy import OpenVLAOFT
@@ -310,3 +311,8 @@ def test_the_commands_in_the_simulator_killed_and_resumed(tmp_path):
         assert json.loads((tmp_path / "dpo/variants.json").read_text()).keys() == {"0.1", "0.01"}
     folder = "grpo" if done.returncode else "dpo"
     assert (tmp_path / folder / "policy/model.safetensors").stat().st_size > 100_000
+
+
+def test_of_equal_rates_the_smallest_is_chosen_in_whatever_order_they_are_given():
+    options = {"selection": 8, "method": "dpo", "beta": 0.1, "epochs": 1}
+    assert _settings(Namespace(rates=[0.1, 0.01], **options)) == _settings(Namespace(rates=[0.01, 0.1], **options))

@@ -142,4 +142,5 @@ def test_rounds_practise_whole_means_if_there_are_enough():
 
 def test_rounds_need_something_to_do(capsys, tmp_path):
     assert "collect.rounds must be at least 1" in message(capsys, "--collect.rounds", "0", "--output", str(tmp_path / "run"))
-    assert "collect.rounds is 3" in message(capsys, "--collect.rounds", "3", "--grpo.iterations", "2", "--output", str(tmp_path / "other"))
+    assert "collect.rounds is 3" in message(capsys, "--collect.rounds", "3", "--grpo.iterations", "2", "--output", str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()

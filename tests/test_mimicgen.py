@@ -4,6 +4,7 @@ import pickle
 from dataclasses import replace
 from xml.etree import ElementTree
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,6 @@ from wmpo_nb.presets import UserError, load_preset, seeds_for
 from wmpo_nb.simulator import MIMICGEN, Simulator, Style, script_trial
 from wmpo_nb.trajectory import InitialState, load_initial_states, read_shards, save_states
 
-h5py = pytest.importorskip("h5py", reason="an environment made before h5py was a requirement: make setup")
 needs_mimicgen = pytest.mark.skipif(not installed(), reason=f"needs MimicGen (non-commercial): pip install --no-deps {MIMICGEN}")
 SCENE = """<mujoco><asset><material name="table_mat"/><material name="table_ceramic"/>
 <material name="base_redwood_mat" specular="0.4"/><material name="piece_1_redwood_mat" specular="0.4"/></asset><worldbody>

@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from wmpo_nb.from_scratch import SHIPPED
 from wmpo_nb.policy import (OpenVLAOFT, action_ids, detokenize_actions, encode_prompt, load_policy, policy_images, sample_tokens,
                             tokenize_actions)
 from wmpo_nb.presets import PolicyConfig, SFTConfig, UserError, load_preset
@@ -333,3 +334,9 @@ def test_command(tmp_path, capsys):
     assert torch.allclose(trained["projector.fc1.weight"], more["projector.fc1.weight"], atol=1e-6)      # it went on from there
     assert main(["--data", str(tmp_path / "none"), "--output", str(tmp_path / "other")]) == 2
     assert not (tmp_path / "other").exists(), "bad data is found before anything is written"
+
+
+def test_a_policy_of_another_task_is_refused():
+    with pytest.raises(UserError, match="was taught 'lift', and the instruction of tiny_stack is 'stack'"):
+        load_policy(SHIPPED / "policy_lift", load_preset("tiny_stack"))
+    assert load_policy(SHIPPED / "policy_lift", load_preset("tiny_stack", {"task.instruction": "lift"})).instruction == "lift"

@@ -64,3 +64,14 @@ def test_every_preset_would_accept_its_own_numbers():
         for stage, config in preset.to_dict().items():
             for field, value in config.items() if isinstance(config, dict) else ():
                 assert override(preset, f"{stage}.{field}", getattr(getattr(preset, stage), field)) == preset, (name, stage, field, value)
+
+
+@pytest.mark.parametrize("overrides, message", [
+    ({"task.chunk_size": "4"}, "4 actions for the task, 8 for the world model"),
+    ({"task.horizon": "30"}, "30 is not a whole number of chunks of 8"),
+    ({"grpo.learning_rate": "NaN"}, "finite"),
+    ({"alignment.replay_share": "2"}, "at most 1"),
+    ({"reward_training.mining": "0"}, "at least 1"),
+])
+def test_numbers_that_contradict_each_other_are_refused(overrides, message):
+    with pytest.raises(UserError, match=message): load_preset("tiny_lift", overrides)

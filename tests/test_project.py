@@ -116,7 +116,6 @@ def test_constraints_are_what_the_settings_admit():
         assert requirement.specifier.contains(pinned[requirement.name]), line
 
 
-@pytest.mark.skipif(not (ROOT / "nbs/index.ipynb").exists(), reason="no index yet")
 def test_readme_is_the_index():
     made = subprocess.run([sys.executable, ROOT / "readme.py"], capture_output=True, text=True, check=True).stdout
     assert (ROOT / "README.md").read_text() == made, "run `make readme`"

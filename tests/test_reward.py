@@ -194,7 +194,7 @@ def test_calibration_is_about_trajectories():
 
 
 def test_split_is_by_trajectory():
-    training, held_out = split_trajectories(20, 0.25, torch.Generator().manual_seed(0))
+    training, held_out = split_trajectories(torch.ones(20).bool(), 0.25, torch.Generator().manual_seed(0))
     assert len(held_out) == 5 and sorted(training.tolist() + held_out.tolist()) == list(range(20))
 
 
@@ -337,3 +337,22 @@ def test_command(tmp_path, capsys):
     assert load_reward(tmp_path / "run/reward.safetensors").config.num_layers == 1
     assert main(argv) == 2 and "--resume" in capsys.readouterr().err
     assert main(["--data", str(tmp_path / "data"), "--output", str(tmp_path / "b"), "--vae", str(tmp_path / "no.safetensors")]) == 2
+
+
+@pytest.mark.parametrize("successes", [0, 1, 2, 10])
+def test_a_threshold_is_never_set_without_a_success_if_there_are_two(successes):
+    success = torch.arange(20) < successes
+    for seed in range(40):
+        training, held_out = split_trajectories(success, 0.1, torch.Generator().manual_seed(seed))
+        assert len(held_out) == 2 and sorted(training.tolist() + held_out.tolist()) == list(range(20))
+        assert successes < 2 or success[held_out].any()
+
+
+def test_the_rule_can_be_set_and_the_network_cannot(tmp_path):
+    path, preset = tmp_path / "reward.safetensors", load_preset("tiny_lift")
+    classifier = SuccessClassifier(replace(preset.reward, threshold=0.82))
+    save_reward(path, classifier)
+    assert load_reward(path, preset=preset).config == classifier.config
+    told = load_preset("tiny_lift", {"reward.threshold": "0.9", "reward.last_clip_counts": "false"})
+    assert load_reward(path, preset=told).config == replace(classifier.config, threshold=0.9, last_clip_counts=False)
+    with pytest.raises(UserError, match="without --reward.num_layers 3"): load_reward(path, preset=load_preset("tiny_lift", {"reward.num_layers": "3"}))

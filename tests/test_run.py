@@ -212,3 +212,35 @@ def test_command_keeps_the_traceback_of_a_bug():
     @command
     def main(argv=None): return 1 / 0
     with pytest.raises(ZeroDivisionError): main([])
+
+
+def test_what_a_run_costs_may_change_when_it_is_resumed(tmp_path):
+    Run(tmp_path, load_preset("tiny_lift"), "test")
+    cheaper = load_preset("tiny_lift", {"grpo.activation_checkpointing": "true", "grpo.micro_batch": "1", "grpo.videos_every": "7"})
+    assert cheaper != load_preset("tiny_lift")
+    Run(tmp_path, cheaper, "test", resume=True)
+    assert json.loads((tmp_path / "config.json").read_text())["preset"]["grpo"]["videos_every"] == 7
+
+
+def test_a_run_with_a_field_that_its_preset_has_no_more_goes_on(tmp_path):
+    Run(tmp_path, load_preset("tiny_lift"), "test")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["preset"]["task"]["fog"] = False
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    Run(tmp_path, load_preset("tiny_lift"), "test", resume=True)
+
+
+def test_a_good_checkpoint_outlives_a_damaged_one_of_a_later_step(tmp_path):
+    layer = nn.Linear(2, 2)
+    checkpointer = Checkpointer(tmp_path, every=1, keep=1).register(layer=layer)
+    checkpointer.save(600)
+    (tmp_path / "step_000600/state.pt").write_bytes(b"damaged")
+    checkpointer.save(500)
+    assert [path.name for path in checkpointer.saved()] == ["step_000500"] and checkpointer.restore() == 500
+
+
+def test_a_folder_that_is_taken_is_said_before_anything_is_read(tmp_path):
+    Run(tmp_path, load_preset("tiny_lift"), "test")
+    parser, words = preset_parser("wmpo-test", "", ""), ["--output", str(tmp_path)]
+    with pytest.raises(UserError, match="already holds a run: add --resume"): parse_preset(parser, words)
+    parse_preset(parser, [*words, "--resume"])

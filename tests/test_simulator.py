@@ -1,6 +1,9 @@
 "The real simulator: exact replay, determinism, experts, and the protocol."
+import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from wmpo_nb.mimicgen import installed
 from wmpo_nb.presets import TaskConfig, UserError, load_preset
+from wmpo_nb.run import Stopped, heed_sigterm
 from wmpo_nb.simulator import (
     TASKS, Environment, Simulator, Style, _plan, choose_gl, collect_scripted, initial_states, script_trial, scripted_styles)
 from wmpo_nb.trajectory import InitialState, read_shards
@@ -268,3 +273,18 @@ def test_a_scripted_trial_errs_separately_at_each_object():
     steps = _plan(SimpleNamespace(spec=TASKS["stack"]), Style(displacement=0.03, turn=0.3), np.random.default_rng(0))
     errors = {(body, *np.round(offset[:2], 9), turn) for body, offset, turn, *_ in steps}
     assert sorted(body for body, *_ in errors) == ["cubeA", "cubeB"]
+
+
+def test_sigterm_while_the_policy_thinks_is_no_crash():
+    "The workers of the group are gone before the simulator is asked again."
+    with Simulator(load_preset("tiny_lift").task, 1) as simulator, heed_sigterm():
+        simulator.reset([InitialState(1_000_000, None)])
+        worker = next(iter(simulator.pool._processes.values()))
+        worker.kill(), worker.join(), os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+        with pytest.raises(Stopped, match="told to stop"): simulator.step(torch.zeros(1, 8, 7))
+
+
+@pytest.mark.skipif(installed(), reason="MimicGen is installed")
+def test_a_task_that_needs_mimicgen_is_refused_before_a_worker_starts():
+    with pytest.raises(UserError, match="MimicGen"): Simulator(load_preset("coffee_128").task, 2)

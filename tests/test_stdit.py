@@ -3,8 +3,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
 from wmpo_nb.presets import STDiTConfig
-from wmpo_nb.stdit import RotaryEmbedding, STDiT, _Normalise, attend, causal_mask, position_embedding
+from wmpo_nb.stdit import RotaryEmbedding, STDiT, _Normalise, attend, causal_mask, fused, position_embedding
 
 SIZE = (64, 64)
 SMALL = STDiTConfig(depth=2, hidden_size=48, num_heads=4, in_channels=4, patch_size=(1, 2, 2))
@@ -148,3 +150,10 @@ def test_cuda_attention_path_agrees():
     reference = model(*args)
     on_device = model.cuda()(*[a.cuda() if torch.is_tensor(a) else a for a in args])
     torch.testing.assert_close(on_device.cpu(), reference, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("axes", [(3,), (2, 3), (2, 2, 3)])
+def test_what_runs_on_a_gpu_is_the_same_attention_by_a_fused_kernel(axes):
+    q, k, v = (torch.randn(*axes, 4, tokens, 16) for tokens in (6, 9, 9))
+    torch.testing.assert_close(fused(q, k, v, causal_mask(6, 9)), attend(q, k, v, causal_mask(6, 9)))
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION): fused(q, k, v)            # refuses what it cannot take, five axes for one

@@ -251,13 +251,13 @@ def run_dpo(run: Run, load_start, batch: TrajectoryBatch, *, rates=RATES, beta: 
                       run=run, stage=stage, checkpointer=run.checkpointer(10, f"{rate:g}"))
         wait_for_all()
         return {"learning_rate": config.learning_rate}
-    return try_variants(run, load_start, {f"{rate:g}": partial(train, rate=rate) for rate in rates}, selection, workers)
+    return try_variants(run, load_start, {f"{rate:g}": partial(train, rate=rate) for rate in sorted(rates)}, selection, workers)
 
 # %% ../nbs/28_baselines.ipynb #bd913357
 def _parser():
     parser = preset_parser("wmpo-baseline", "The paper's baselines at equal real budget: P is --collect.trajectories.",
                            "wmpo-baseline grpo --output runs/grpo\nwmpo-baseline grpo --variant small --collect.trajectories 512 --output runs/small\n"
-                           "wmpo-baseline dpo --policy runs/sft/policy --rates 0.1 0.01 --beta 0.1 --output runs/dpo\n"
+                           "wmpo-baseline dpo --policy runs/sft/policy --rates 0.01 0.1 --beta 0.1 --output runs/dpo\n"
                            "accelerate launch --config_file configs/accelerate/fsdp2_8.yaml -m wmpo_nb.baselines grpo --preset coffee_128 ...")
     parser.add_argument("method", choices=("grpo", "dpo"), help="online GRPO in the simulator, or DPO on P recorded trajectories")
     parser.add_argument("--policy", type=Path, metavar="DIR", help="folder of the base policy (default: the shipped one of the task)")
@@ -293,7 +293,7 @@ def _settings(args) -> list[str]:
     "What decides the result besides the preset: a resumed run must not change it."
     chosen = [f"--selection {args.selection}"]
     if args.method == "grpo": return [*chosen, f"--variant {args.variant}"]
-    return [*chosen, f"--beta {args.beta}", f"--epochs {args.epochs}", "--rates", *map(str, args.rates)]
+    return [*chosen, f"--beta {args.beta}", f"--epochs {args.epochs}", "--rates", *map(str, sorted(args.rates))]
 
 # %% ../nbs/28_baselines.ipynb #c73b76a1
 @command

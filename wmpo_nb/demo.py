@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['TRAINED', 'FAST', 'Parts', 'weight_digests', 'gather_trajectories', 'align_world_model', 'fit_reward', 'practise',
-           'share', 'iterations_of', 'at_first_frames', 'one_round', 'run_rounds', 'practice_log', 'examine',
-           'compare_worlds', 'score_reward', 'films', 'make_record', 'run_demo', 'main']
+           'share', 'iterations_of', 'at_first_frames', 'one_round', 'check_rounds', 'run_rounds', 'practice_log',
+           'examine', 'compare_worlds', 'score_reward', 'films', 'make_record', 'run_demo', 'main']
 
 # %% ../nbs/22_demo.ipynb #c23252c2
 import hashlib, json, platform, sys
@@ -21,7 +21,7 @@ from .collect import collect
 from .dream import Dream
 from .evaluation import Evaluation, agreement, evaluate, replay, success_table
 from .from_scratch import SHIPPED, make_weights, stage_checkpoints, stage_log
-from .policy import OpenVLAOFT
+from .policy import OpenVLAOFT, check_config
 from .presets import GRPOConfig, Preset, UserError, seeds_for
 from .report import save_record, write_report
 from .reward import f1_score, judge, load_reward, save_reward, train_reward
@@ -40,13 +40,14 @@ class Parts:
         if self.folder == SHIPPED and not (SHIPPED / f"policy_{preset.task.name}").exists():
             raise UserError(f"no weights for {preset.name} are shipped: wmpo-demo --preset {preset.name} --from-scratch makes them (hours), "
                             f"--output runs/{preset.name}_scratch say; --weights takes their folder")
+        check_config(self.folder / f"policy_{preset.task.name}", preset)
         self.base = self.policy()
         self.vae, self.stats = load_vae(self.folder / "vae.safetensors"), self.base.stats
         self.world_model(), self.classifier()      # fail now rather than after minutes of work
 
     def policy(self): return OpenVLAOFT.from_pretrained(self.folder / f"policy_{self.preset.task.name}")
-    def world_model(self): return load_world_model(self.folder / "world_model.safetensors", self.preset.world_model)
-    def classifier(self): return load_reward(self.folder / "reward.safetensors")
+    def world_model(self): return load_world_model(self.folder / "world_model.safetensors", self.preset.world_model, self.preset)
+    def classifier(self): return load_reward(self.folder / "reward.safetensors", preset=self.preset)
 
 
 def weight_digests(folder: Path, preset: Preset) -> dict[str, str]:
@@ -137,11 +138,15 @@ def one_round(run: Run, parts: Parts, policy, batch: TrajectoryBatch, *, begin: 
     return dream, practise(run, policy, world, states, **options)
 
 # %% ../nbs/22_demo.ipynb #86c1d8fa
+def check_rounds(preset: Preset):
+    "Raise `UserError` if a round would have nothing to do."
+    if preset.collect.rounds > min(preset.collect.trajectories, preset.grpo.iterations):
+        raise UserError(f"collect.rounds is {preset.collect.rounds}: each round needs a trajectory and an iteration")
+
 def run_rounds(run: Run, parts: Parts, cache: Path, workers: int | None = None, **options) -> tuple:
     "All rounds of collecting, aligning and practising; the last dream and the policy. `options` are those of `one_round`, `practise`."
     preset, rounds, policy, batches = run.preset, run.preset.collect.rounds, parts.policy(), []
-    if rounds > min(preset.collect.trajectories, preset.grpo.iterations):
-        raise UserError(f"collect.rounds is {rounds}: each round needs a trajectory and an iteration")
+    check_rounds(preset)
     for number in range(rounds):
         name = f"round{number + 1}"
         inner = run if number + 1 == rounds else run.inner(name)
@@ -269,6 +274,7 @@ def main(argv=None):
     args, preset = parse_preset(_parser(), argv, defaults=lambda args: FAST if args.fast else {})
     if preset.name not in ("tiny_lift", "tiny_stack"): raise UserError(f"the demo runs tiny presets; for {preset.name} use the commands of each stage")
     given = list(argv or sys.argv[1:])
+    check_rounds(preset)
     choose_gl()
     if not args.from_scratch: parts = Parts(args.weights or SHIPPED, preset)
     run = open_run(args, preset, "wmpo-demo")

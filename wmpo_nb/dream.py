@@ -78,7 +78,8 @@ def _verdict(self: Dream, running: torch.Tensor, chunk: int):
     "Score the clips that end in the newest chunk of the dreams `running` and record who has succeeded."
     total, config = self.seen.shape[1], self.classifier.config
     ends, length = clip_ends(total, config, total - chunk + 1), torch.full((len(running),), total - 1)
-    scores = trajectory_scores(self.classifier, self.seen[running], length, ends)
+    first = max(0, total - chunk + 1 - config.clip_length)           # no clip begins before it
+    scores = trajectory_scores(self.classifier, self.seen[running, first:], length - first, ends - first)
     # the last frame of a chunk is not that of the trial, which `judge` alone can tell
     success, finish = decide(scores, ends, length, replace(config, last_clip_counts=True))
     self.finish[running[success]] = finish[success]

@@ -9,6 +9,7 @@ __all__ = ['wilson', 'mcnemar', 'outcome_correlation', 'paired_difference', 'ove
 # %% ../nbs/18_evaluation.ipynb #840f826a
 import dataclasses, json, math, sys
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 # %% ../nbs/18_evaluation.ipynb #b1329a71
@@ -286,14 +287,15 @@ def verdict_flips(first: Tensor, second: Tensor) -> dict:
     return {"differ": differ, "n": n, "share": differ / max(n, 1), "interval": [round(x, 4) for x in wilson(differ, n)]}
 
 # %% ../nbs/18_evaluation.ipynb #9604e595
-def _evaluate_all(policies: dict, preset, states: list[InitialState], path: Path) -> dict[str, Evaluation]:
+def _evaluate_all(policies: dict, preset, states: list[InitialState], path: Path, device) -> dict[str, Evaluation]:
     "Evaluations by name in the real simulator, kept in `path` as they come; those already there are not repeated."
     from wmpo_nb.simulator import Simulator    # needs the simulator's packages
     done = json.loads(path.read_text()) if path.exists() else {}
     with Simulator(preset.task, every_frame=False) as simulator:
         for name in [name for name in policies if name not in done]:
-            done[name] = evaluate(policies[name], simulator, states, chunks=preset.task.chunks,
+            done[name] = evaluate(policies[name].to(device), simulator, states, chunks=preset.task.chunks,
                                   progress=lambda batches: progress(batches, name)).to_dict()
+            policies[name].cpu()              # a GPU has room for one of them
             if not is_main(): continue
             with atomic_write(path) as temporary: temporary.write_text(json.dumps(done))
     return {name: Evaluation.from_dict(done[name]) for name in policies}
@@ -323,10 +325,11 @@ def main(argv=None):
     args, preset = parse_preset(_parser(), argv)
     folders = {"baseline": args.baseline, "policy": args.policy} if args.baseline else {"policy": args.policy}
     device = start_processes().device
-    policies = {name: load_policy(folder, preset, args.stats).to(device) for name, folder in folders.items()}
+    import_module("wmpo_nb.simulator").check_task(preset.task)
+    policies = {name: load_policy(folder, preset, args.stats) for name, folder in folders.items()}
     states = _exam_states(args, preset)
     run = open_run(args, preset, f"wmpo-evaluate --states {args.states}" if args.states else "wmpo-evaluate", ("policy", "baseline", "stats", "states"))
-    with run.stage("evaluate"): evaluations = _evaluate_all(policies, preset, states, run.folder / "evaluations.json")
+    with run.stage("evaluate"): evaluations = _evaluate_all(policies, preset, states, run.folder / "evaluations.json", device)
     run.close()
     table = success_table(evaluations)
     if not is_main(): return

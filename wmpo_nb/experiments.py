@@ -828,7 +828,8 @@ def _parser():
                            "wmpo-experiment flow-steps --seeds 0 --only 'truth-*' flow_steps-1\n"
                            "wmpo-experiment table1 --seeds 9 --extend\n"
                            "wmpo-experiment pages")
-    parser.add_argument("experiment", choices=(*EXPERIMENTS, "pages", "cell"), help="which; `pages` makes all tables and figures again from results/*.json")
+    parser.add_argument("experiment", choices=(*EXPERIMENTS, "pages", "cell"), metavar=f"{{{','.join((*EXPERIMENTS, 'pages'))}}}",
+                        help="which; `pages` makes all tables and figures again from results/*.json")
     parser.add_argument("--budgets", type=int, nargs="+", metavar="P", help="numbers of real trajectories (default: the preset's)")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", default=[0, 1, 2], help="seeds of everything (default: 0 1 2)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these cells and those they need, by name as --plan ends with it; * for anything")
@@ -846,7 +847,7 @@ def _parser():
 def _check(args, preset: Preset, jobs: list[Job]):
     "What can be known to be wrong before anything is started."
     if args.jobs < 1: raise UserError(f"--jobs must be 1 or more, not {args.jobs}")
-    if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0: raise UserError(f"--seeds must be different and not negative: {args.seeds}")
+    if len(set(args.seeds)) < len(args.seeds) or not set(args.seeds) <= set(range(100)): raise UserError(f"--seeds must be different, from 0 to 99: {args.seeds}")
     if args.seed: raise UserError(f"--seed is not for experiments, which run several: --seeds {args.seed}")
     path = args.results / f"{args.experiment}.json"
     check_alike(args.output, args.experiment, path if args.extend else None)
@@ -863,8 +864,10 @@ def main(argv=None):
     words = list(sys.argv[1:] if argv is None else argv)
     if "--dry-run" in words: raise UserError("no estimate of wmpo-experiment: --plan lists its cells, and each notes its minutes")
     args, preset = parse_preset(_parser(), words)
-    if args.experiment == "cell": return run_cell(args, preset)
+    if args.experiment == "cell" and args.name: return run_cell(args, preset)         # how cells are started
+    if args.experiment == "cell": raise UserError("cells are started by the experiment they belong to: see --help, and --only")
     if args.experiment == "pages":
+        if not any(args.results.glob("*.json")): raise UserError(f"no results (*.json) in {args.results}")
         for page in write_pages(args.results): print(page)
         return
     jobs = plan(args.experiment, preset, args.budgets or [preset.collect.trajectories], args.seeds)

@@ -87,8 +87,8 @@ def stage_checkpoints(run: Run, stage: str, config) -> Checkpointer:
 
 # %% ../nbs/20_from_scratch.ipynb #bbe354ce
 def pretraining_batches(run: Run, preset: Preset) -> list[TrajectoryBatch]:
-    "The scripted trials of each task, one batch a task (their horizons differ)."
-    return [read_shards(run.folder / "data/pretraining" / task) for task in preset.pretrain_data.tasks]
+    "The scripted trials of each task, one batch a task (their horizons differ); 3 GB of frames stay in their files."
+    return [read_shards(run.folder / "data/pretraining" / task, stored=True) for task in preset.pretrain_data.tasks]
 
 # %% ../nbs/20_from_scratch.ipynb #c7b7dca4
 def real_frames(batches) -> torch.Tensor:
@@ -141,7 +141,7 @@ def pretrain_world_model(run: Run, preset: Preset, vae: VAE) -> WorldModel:
 # %% ../nbs/20_from_scratch.ipynb #7490b9ae
 def pretrain_reward(run: Run, preset: Preset, vae: VAE) -> SuccessClassifier:
     "Train the classifier on reconstructed scripted trials of the preset's task."
-    batch = read_shards(run.folder / "data/pretraining" / preset.task.name)
+    batch = read_shards(run.folder / "data/pretraining" / preset.task.name, stored=True)
     torch.manual_seed(run.seed)
     with run.stage("reward pretraining"):
         classifier = train_reward(SuccessClassifier(preset.reward), reconstruct_batch(vae, batch), preset.reward_pretraining, seed=run.seed,

@@ -603,12 +603,16 @@ def stats_entry(path, preset: Preset) -> str | None:
 
 # %% ../nbs/07_policy.ipynb #9859be17
 def check_config(folder: Path, preset: Preset):
-    "Raise `UserError` if a policy of ours in `folder` was saved with another configuration: half of its fields change no shape."
+    "Raise `UserError` if a policy of ours in `folder` has another instruction or configuration: half of its fields change no shape."
     try: record = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError): return                       # whoever reads the file says what is wrong with it
     if "policy" not in record: return
-    own, wanted = asdict(_read_config(folder)[0]), asdict(preset.policy)
-    other = [f"--policy.{name} {value!r}" for name, value in own.items() if value != wanted[name]]
+    config, instruction = _read_config(folder)
+    if instruction != preset.task.instruction:
+        raise UserError(f"the policy in {folder} was taught '{instruction}', and the instruction of {preset.name} is '{preset.task.instruction}': "
+                        f"name its --preset, or add --task.instruction '{instruction}'")
+    wanted = asdict(preset.policy)
+    other = [f"--policy.{name} {value!r}" for name, value in asdict(config).items() if value != wanted[name]]
     if other: raise UserError(f"the policy in {folder} is not of {preset.name}'s kind: add {' '.join(other)}")
 
 

@@ -8,7 +8,7 @@ __all__ = ['PAPER_TASKS', 'PAPER_VALUES', 'PRESETS', 'OTHER_DIFFERENCES', 'SEED_
            'seeds_for']
 
 # %% ../nbs/00_presets.ipynb #bd0249cd
-import dataclasses, difflib, json
+import dataclasses, difflib, json, math
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 
 # %% ../nbs/00_presets.ipynb #0c0de34c
@@ -403,6 +403,14 @@ def _closest(word: str, known) -> str:
     return f" Did you mean '{near[0]}'?" if near else ""
 
 # %% ../nbs/00_presets.ipynb #0e30ce65
+def _check_consistent(preset: Preset):
+    "Raise `UserError` if two stages are told different things, or the horizon is no whole number of chunks."
+    chunk, model, policy = preset.task.chunk_size, preset.world_model.chunk_size, preset.policy.chunk_size
+    if not chunk == model == policy:
+        raise UserError(f"a chunk has {chunk} actions for the task, {model} for the world model and {policy} for the policy: "
+                        "set task.chunk_size, world_model.chunk_size and policy.chunk_size alike")
+    if preset.task.horizon % chunk: raise UserError(f"task.horizon {preset.task.horizon} is not a whole number of chunks of {chunk}")
+
 def load_preset(name: str, overrides: dict | None = None) -> Preset:
     "Preset `name` with `overrides` such as `{'grpo.group_size': '4'}`. Raises `UserError` on an unknown name, field or value."
     if name not in PRESETS:
@@ -410,6 +418,7 @@ def load_preset(name: str, overrides: dict | None = None) -> Preset:
     preset = PRESETS[name]()
     for key, text in (overrides or {}).items():
         preset = override(preset, key, text)
+    _check_consistent(preset)
     return preset
 
 # %% ../nbs/00_presets.ipynb #9880e219
@@ -432,13 +441,16 @@ def _parse(text: str, like, key: str):
 # %% ../nbs/00_presets.ipynb #44f3896c
 # the whole numbers that may be 0; all others count something there must be one of
 _MAY_BE_ZERO = ("steps", "warmup_steps", "decay_steps", "iterations", "lora_rank", "validate_every", "videos_every", "checkpoint_every",
-                "action_history", "idle_steps", "hard_steps", "margin", "mining", "image_shift", "demonstrations", "near_misses", "play",
+                "action_history", "idle_steps", "hard_steps", "margin", "image_shift", "demonstrations", "near_misses", "play",
                 "first_clip_end")
 
 def _check_range(key: str, value):
     "Raise `UserError` if no field `key` can have this number."
     least = int(type(value) is int and key.split(".")[1] not in _MAY_BE_ZERO)
-    if isinstance(value, (int, float)) and value < least: raise UserError(f"{key} must be at least {least}, not {value}")
+    if not isinstance(value, (int, float)): return
+    if not math.isfinite(value): raise UserError(f"{key} must be finite, not {value}")
+    if value < least: raise UserError(f"{key} must be at least {least}, not {value}")
+    if key.endswith("_share") and value > 1: raise UserError(f"{key} is a share, at most 1, not {value}")
 
 def override(preset: Preset, key: str, text) -> Preset:
     "A copy of `preset` with the field `stage.field` set. Raises `UserError` when there is none of that name, or the value is none for it."

@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['Stopped', 'heed_sigterm', 'told_to_stop', 'asked_to_stop', 'stop', 'stop_if_asked', 'Checkpointer', 'progress',
-           'Ledger', 'read_metrics', 'make_trackers', 'Run', 'preset_parser', 'parse_preset', 'open_run', 'command']
+           'Ledger', 'read_metrics', 'make_trackers', 'Run', 'check_new', 'preset_parser', 'parse_preset', 'open_run',
+           'command']
 
 # %% ../nbs/04_run.ipynb #8476ac59
 import argparse, dataclasses, difflib, errno, functools, io, json, math, os, pickle, random, shutil, signal, sys, textwrap, threading, time
@@ -148,7 +149,10 @@ def _publish(self: Checkpointer, temporary: Path, final: Path):
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
     fsync(self.folder)
-    for old in self.saved()[:-self.keep]: shutil.rmtree(old)
+    saved = self.saved()
+    number = saved.index(final) + 1
+    # those of later steps could not be read, or this one would not have been written
+    for old in [*saved[:max(0, number - self.keep)], *saved[number:]]: shutil.rmtree(old)
 
 # %% ../nbs/04_run.ipynb #23b9d292
 @patch
@@ -293,10 +297,9 @@ def _first_difference(old: dict, new: dict, path: str = "") -> str | None:
 
 # %% ../nbs/04_run.ipynb #9629f2ab
 def _completed(old: dict) -> dict:
-    "A run's config.json with the fields of the preset that are younger than the run, at what it did without them."
+    "A run's config.json with today's fields of the preset: younger ones at what the run did without them, and none that are gone."
     def fill(record, default):
-        return {key: fill(record.get(key, {}), value) if isinstance(value, dict) else record.get(key, value) for key, value in default.items()} | \
-               {key: value for key, value in record.items() if key not in default}
+        return {key: fill(record.get(key, {}), value) if isinstance(value, dict) else record.get(key, value) for key, value in default.items()}
     preset = old.get("preset", {})
     try: default = load_preset(preset.get("name", "tiny_lift"))
     except UserError: default = Preset()
@@ -357,14 +360,25 @@ class Run:
         with atomic_write(self.folder/name) as temporary: temporary.write_text(json.dumps(content, indent=1))
 
 # %% ../nbs/04_run.ipynb #a271e79e
+# what a run may be given anew when it is resumed: it changes memory, speed or what is kept, and the result by rounding at most
+_COSTS = ("activation_checkpointing", "checkpoint_every", "compile", "log_every", "micro_batch", "videos_every")
+
+def _result_of(config: dict) -> dict:
+    "Of a run's config.json, what decides its result."
+    return {key: _result_of(value) if isinstance(value, dict) else value for key, value in config.items() if key not in _COSTS}
+
+def check_new(folder):
+    "Raise `UserError` if `folder` holds a run."
+    if (Path(folder)/"config.json").exists():
+        raise UserError(f"{folder} already holds a run: add --resume to go on, or choose another --output")
+
 @patch
 def _claim(self: Run, config: dict, resume: bool):
     "Make the folder ours, or say why not."
     path = self.folder/"config.json"
     try:
-        if path.exists() and not resume:
-            raise UserError(f"{self.folder} already holds a run: add --resume to go on, or choose another --output")
-        difference = _first_difference(_completed(json.loads(path.read_text())), config) if path.exists() else None
+        if not resume: check_new(self.folder)
+        difference = _first_difference(_result_of(_completed(json.loads(path.read_text()))), _result_of(config)) if path.exists() else None
         if difference: raise UserError(f"cannot resume {self.folder}: {difference}. Choose another --output")
         self._write("config.json", config)
     except OSError as error:
@@ -550,6 +564,7 @@ def parse_preset(parser: argparse.ArgumentParser, argv: list[str] | None = None,
     if shards() and not can_shard:
         raise UserError(f"{parser.prog} keeps whole weights in each process: launch it with configs/accelerate/ddp_8.yaml")
     _set_environment(args)
+    if is_main() and not args.resume: check_new(args.output)
     return args, preset
 
 # %% ../nbs/04_run.ipynb #73ebe7a2

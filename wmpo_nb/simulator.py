@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['GL_PACKAGES', 'TASKS', 'TOWER_CUBES', 'MIMICGEN', 'choose_gl', 'Waypoint', 'Task', 'explain_unknown_task', 'Snapshot',
-           'Environment', 'Style', 'scripted_actions', 'script_trial', 'film_strip', 'make_environment', 'Simulator',
-           'initial_states', 'script_trials', 'scripted_styles', 'collect_scripted']
+           'Environment', 'Style', 'scripted_actions', 'script_trial', 'film_strip', 'check_task', 'make_environment',
+           'Simulator', 'initial_states', 'script_trials', 'scripted_styles', 'collect_scripted']
 
 # %% ../nbs/06_simulator.ipynb #510d8167
 import ctypes.util, importlib.util, multiprocessing, os, sys, threading, weakref
@@ -455,6 +455,10 @@ def film_strip(frames, title: str, columns: int = 9):
 _environment: Environment | None = None      # each worker process has its own
 
 # %% ../nbs/06_simulator.ipynb #96616a10
+def check_task(task: TaskConfig):
+    "Raise `UserError` if trials of `task` need MimicGen and it is not installed: better said here than by a worker process."
+    if task.name in PAPER_TASKS and not import_module("wmpo_nb.mimicgen").installed(): raise UserError(explain_unknown_task(task.name))
+
 def make_environment(task: TaskConfig) -> Environment:
     "The environment of `task`, ours or MimicGen's. Raises `UserError` when there is none."
     if task.name not in PAPER_TASKS: return Environment(task)
@@ -500,6 +504,7 @@ class Simulator:
     steps = 0
 
     def __init__(self, task: TaskConfig, workers: int | None = None, every_frame: bool = True):
+        check_task(task)
         choose_gl()
         self.task, self.every_frame = task, every_frame
         workers = min(os.cpu_count() or 1, 8) if workers is None else workers
@@ -509,7 +514,7 @@ class Simulator:
 
     def map(self, function: Callable, *arguments):
         "`map` over the workers, in order."
-        return map(function, *arguments) if self.pool is None else self._results(self.pool.map(function, *arguments))
+        return map(function, *arguments) if self.pool is None else self._results(function, arguments)
 
     def close(self):
         if self.pool: self.pool.shutdown(cancel_futures=True)
@@ -519,9 +524,9 @@ class Simulator:
 
 # %% ../nbs/06_simulator.ipynb #1a9bb5cc
 @patch
-def _results(self: Simulator, found):
+def _results(self: Simulator, function: Callable, arguments: tuple):
     "What the workers found. When a SIGTERM to the whole group of processes has ended them, this one stops as if it had been alone."
-    try: yield from found
+    try: yield from self.pool.map(function, *arguments)
     except BrokenProcessPool:
         if told_to_stop(): stop("what was saved before is kept")
         raise

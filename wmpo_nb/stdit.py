@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['sinusoid', 'position_embedding', 'TimestepEmbedder', 'ActionEmbedder', 'RMSNorm', 'RotaryEmbedding', 'causal_mask',
-           'attend', 'Attention', 'SpatialAttention', 'TemporalAttention', 'modulate', 'MLP', 'UnusedCrossAttention',
-           'Block', 'SpatialBlock', 'TemporalBlock', 'PatchEmbed', 'FinalLayer', 'unpatchify', 'UnusedTextEmbedder',
-           'STDiT', 'Conditioning']
+           'fused', 'attend', 'Attention', 'SpatialAttention', 'TemporalAttention', 'modulate', 'MLP',
+           'UnusedCrossAttention', 'Block', 'SpatialBlock', 'TemporalBlock', 'PatchEmbed', 'FinalLayer', 'unpatchify',
+           'UnusedTextEmbedder', 'STDiT', 'Conditioning']
 
 # %% ../nbs/10_stdit.ipynb #6253a2ce
 import math
@@ -110,12 +110,17 @@ def causal_mask(queries, keys, device=None):
     later = torch.ones(queries, keys, dtype=torch.bool, device=device).triu(keys - queries + 1)
     return torch.zeros(queries, keys, device=device).masked_fill(later, float("-inf"))
 
+# %% ../nbs/10_stdit.ipynb #7d20aa31
+def fused(q, k, v, mask=None):
+    "`attend` for q, k and v of four axes or more, by PyTorch's fused kernels: they take four, and for any other number fall back to plain products in float32."
+    mask = None if mask is None else mask.to(v.dtype)
+    four = (x.to(v.dtype).flatten(0, -4) for x in (q, k, v))
+    return F.scaled_dot_product_attention(*four, mask, scale=1.0).unflatten(0, q.shape[:-3])
+
 # %% ../nbs/10_stdit.ipynb #b8ba0317
 def attend(q, k, v, mask=None):
     "`softmax(q k^T + mask) v` for q [..., Tq, D], k and v [..., Tk, D], additive mask [Tq, Tk]; q carries the scale."
-    if q.is_cuda:
-        mask = None if mask is None else mask.to(v.dtype)
-        return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, mask, scale=1.0)
+    if q.is_cuda: return fused(q, k, v, mask)
     # on a CPU the plain products are twice as fast, forward and backward, for heads this small
     scores = (q @ k.transpose(-1, -2)).float()
     if mask is not None: scores = scores + mask

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import fields, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 # %% ../nbs/17_wmpo.ipynb #c1929b4a
@@ -23,7 +24,7 @@ from .grpo import (action_mask, advantages, keep_groups, success_rewards, token_
                           weighted_policy_loss)
 from .policy import adapters_off, load_policy, prepare_policy, save_trained, trained_part
 from .presets import GRPOConfig, UserError, seeds_for
-from .processes import is_main, my_share, place, processes, start_processes, sum_gradients, sum_over_processes
+from .processes import from_main, is_main, my_share, place, processes, start_processes, sum_gradients, sum_over_processes
 from .run import Checkpointer, Run, Stopped, command, open_run, parse_preset, preset_parser, progress, stop_if_asked
 from .training import clip_gradients, float_copy, naming_checkpoint
 from .trajectory import InitialState, TrainablePolicy, TrajectoryBatch, World, load_first_frames, read_shards, rollout
@@ -285,7 +286,8 @@ def _iteration(policy, optimizer, world, states, config, waiting: Waiting, *, ac
     "Gather, cut off what waits, update. `waiting` changes only once everything has been gathered."
     batch, numbers = gather(policy, world, states, config, temperature=temperature, waiting=waiting.batch, **options)
     stale, used = len(waiting.batch) if waiting.batch else 0, config.groups * config.group_size
-    waiting.batch = batch[used:] if len(batch) > used else None
+    # copied by the index: a slice would keep, and save, the trajectories that are used up
+    waiting.batch = batch[torch.arange(used, len(batch))] if len(batch) > used else None
     numbers |= update(policy, optimizer, batch[:used], config, temperature=temperature, accelerator=accelerator, stale=stale, start=start)
     if not numbers["moved"] < 1: raise FloatingPointError(f"the update moved the policy by {numbers['moved']:.2g} nats a token")
     return numbers | {"memory_mb": _memory()}
@@ -296,7 +298,8 @@ def _improve(*arguments, checkpointer, iteration, **options) -> dict:
     try:
         with naming_checkpoint(iteration, checkpointer): return _iteration(*arguments, **options)
     except (NothingToLearn, Stopped):
-        if checkpointer: checkpointer.save(iteration)
+        # of the policy's size, and most often there already
+        if checkpointer and f"step_{iteration:06d}" not in [path.name for path in from_main(checkpointer.saved())]: checkpointer.save(iteration)
         raise
 
 # %% ../nbs/17_wmpo.ipynb #507af7cd
@@ -440,8 +443,6 @@ def dream_starts(folder) -> list[InitialState]:
 # %% ../nbs/17_wmpo.ipynb #375bda48
 def _dream(args, preset, stats):
     "The dream made of the files in `args`, and the first frames of the collected trajectories as states."
-    for name in ("world_model", "vae", "reward", "data"):
-        if getattr(args, name) is None: raise UserError(f"a dream needs --{name.replace('_', '-')}; see --help")
     from wmpo_nb.dream import Dream
     states, side = dream_starts(args.data), preset.task.image_size
     if (found := tuple(states[0].frame.shape)) != (side, side, 3): raise UserError(f"{args.data} has pictures of {found}, and {preset.name} {side} x {side} pixels")
@@ -460,6 +461,7 @@ def _parser():
     for name, text in (("--world-model", "world model"), ("--vae", "its VAE"), ("--reward", "success classifier")):
         parser.add_argument(name, metavar="PATH", help=f"{text}, a .safetensors file or as released (dream only)")
     parser.add_argument("--data", metavar="DIR", help="where dreams begin: collected trajectories (*.tar), or first frames (*.png)")
+    parser.add_argument("--save-every", type=int, default=0, metavar="N", help="also write the policy of every N-th iteration, to OUTPUT/policies (default: 0, only the last)")
     return parser
 
 # %% ../nbs/17_wmpo.ipynb #a8f2c001
@@ -479,6 +481,8 @@ def _practise(run, policy, world, states, args):
         spent = _spent(args.world, numbers)
         run.ledger.add(**spent)
         run.log("grpo", iteration, **numbers, **{f"total_{name}": getattr(run.ledger, name) for name in spent})
+        if args.save_every and (iteration + 1) % args.save_every == 0:
+            save_trained(run.folder / f"policies/{iteration + 1:06d}", policy, args.policy, args.stats)
     preset, checkpointer = run.preset, run.checkpointer(run.preset.grpo.checkpoint_every)
     with run.stage("grpo"):
         try: train_wmpo(policy, world, states, preset.grpo, chunks=preset.task.chunks, seed=args.seed, run=run, log=log,
@@ -488,11 +492,19 @@ def _practise(run, policy, world, states, args):
             if is_main(): print(f"practice ends early: {reason}")
 
 # %% ../nbs/17_wmpo.ipynb #0a4e9fc0
+def _check(args, preset):
+    "What can be known to be wrong before large files are read."
+    refuse_accumulate(args)
+    if args.save_every < 0: raise UserError(f"--save-every must be at least 0, not {args.save_every}")
+    if args.world == "simulator": return import_module("wmpo_nb.simulator").check_task(preset.task)
+    for name in ("world_model", "vae", "reward", "data"):
+        if getattr(args, name) is None: raise UserError(f"a dream needs --{name.replace('_', '-')}; see --help")
+
 @command
 def main(argv=None):
     "Console script `wmpo-train`: load and check everything, run the loop, write the policy."
     args, preset = parse_preset(_parser(), argv, can_shard=True)
-    refuse_accumulate(args)
+    _check(args, preset)
     policy = load_policy(args.policy, preset, args.stats)
     if args.world == "dream": world, states = _dream(args, preset, policy.stats)
     else:
