@@ -407,13 +407,13 @@ def autocast(self: OpenVLAOFT):
 # %% ../nbs/07_policy.ipynb #46e18277
 @patch
 def action_logits(self: OpenVLAOFT, frames: torch.Tensor) -> torch.Tensor:
-    "Logits float32 [B, 56, 256] over the action ids, for frames uint8 [B, H, W, 3]."
+    "Logits float32 [B, 56, bins] over the action ids, for frames uint8 [B, H, W, 3]."
     with self.autocast(): logits = self(*self.inputs(policy_images(frames, self.config)))
     return logits[..., action_ids(self.config)].float()
 
 # %% ../nbs/07_policy.ipynb #6d0f399b
 def token_log_probs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float, config: PolicyConfig):
-    "Log-probabilities and entropies, float32 [..., 56], of ids int64 [..., 56] under action logits [..., 56, 256]."
+    "Log-probabilities and entropies, float32 [..., 56], of ids int64 [..., 56] under action logits [..., 56, bins]."
     log_probs = (logits / temperature).log_softmax(-1)
     chosen = (tokens - action_ids(config).start)[..., None]
     return log_probs.gather(-1, chosen)[..., 0], -(log_probs.exp() * log_probs).sum(-1)

@@ -51,7 +51,7 @@ class TimestepEmbedder(nn.Module):
 
 # %% ../nbs/10_stdit.ipynb #f49e4882
 class ActionEmbedder(nn.Module):
-    "Normalised actions [B, K, 7] -> [B, T, dim]: one vector per frame, `none_action` for the T - K frames without one."
+    "Normalised actions [B, K, A] (A = `action_dim`) -> [B, T, dim]: one vector per frame, `none_action` for the T - K frames without one."
     def __init__(self, action_dim, dim):
         super().__init__()
         self.fc = nn.Sequential(nn.Linear(action_dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim))
@@ -323,7 +323,7 @@ class Conditioning:
 # %% ../nbs/10_stdit.ipynb #a7a6f6cd
 @patch
 def conditioning(self: STDiT, timestep, actions, x_mask):
-    "timestep [B], actions [B, K, 7], x_mask [B, T] bool: True where a frame is generated -> `Conditioning`."
+    "timestep [B], actions [B, K, A], x_mask [B, T] bool: True where a frame is generated -> `Conditioning`."
     t = self.t_embedder(timestep)[:, None]
     t_context = self.t_embedder(torch.full_like(timestep[:1], self.config.context_timestep))[:, None]
     context = self.t_block(t_context)
@@ -354,7 +354,7 @@ def run(self: STDiT, x, conditioning, image_size, cache=None):
 # %% ../nbs/10_stdit.ipynb #d31efbac
 @patch
 def forward(self: STDiT, x, timestep, actions, x_mask, image_size):
-    """x [B, C, T, h, w], timestep [B] in 0..1000, normalised actions [B, K, 7] of the last K frames, x_mask [B, T] bool
+    """x [B, C, T, h, w], timestep [B] in 0..1000, normalised actions [B, K, A] of the last K frames, x_mask [B, T] bool
     (True: generated, False: context), image_size: nominal (height, width) in pixels -> [B, 2 C, T, h, w] float32."""
     return self.run(x, self.conditioning(timestep, actions, x_mask), image_size)
 
@@ -370,6 +370,6 @@ def encode_context(self: STDiT, context, image_size):
 # %% ../nbs/10_stdit.ipynb #84d89f06
 @patch
 def denoise(self: STDiT, noisy, timestep, actions, cache, image_size):
-    "Like `forward` for the generated frames only: noisy [B, C, K, h, w], actions [B, K, 7] -> [B, 2 C, K, h, w]."
+    "Like `forward` for the generated frames only: noisy [B, C, K, h, w], actions [B, K, A] -> [B, 2 C, K, h, w]."
     x_mask = torch.ones(len(noisy), noisy.shape[2], dtype=torch.bool, device=noisy.device)
     return self.run(noisy, self.conditioning(timestep, actions, x_mask), image_size, cache)

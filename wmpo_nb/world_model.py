@@ -72,7 +72,7 @@ def draw_noise(self: WorldModel, latents, generator):
 
 @patch
 def window_losses(self: WorldModel, latents, actions_n, generator):
-    "Loss of each window at random noise and timesteps -> [B]. latents [B, C, c + K, h, w], actions_n [B, K, 7]."
+    "Loss of each window at random noise and timesteps -> [B]. latents [B, C, c + K, h, w], actions_n [B, K, A] as `action_inputs` tells them."
     return self.losses_at(latents, actions_n, *self.draw_noise(latents, generator))
 
 # %% ../nbs/12_world_model.ipynb #c2e0dfd2
@@ -118,7 +118,7 @@ def train_world_model(world_model: WorldModel, sample_windows: Callable, config:
 @patch
 @torch.no_grad()
 def imagine(self: WorldModel, context, actions_n, noise, steps=None, cached=True):
-    """The next K frames: context [B, C, c, h, w], actions_n [B, K, 7], noise [B, C, K, h, w] -> [B, C, K, h, w].
+    """The next K frames: context [B, C, c, h, w], actions_n [B, K, A] as `action_inputs` tells them, noise [B, C, K, h, w] -> [B, C, K, h, w].
     The context is clean and stays so. `cached`: compute its keys and values once, not once a step (same result)."""
     cache = self.stdit.encode_context(context, self._image_size) if cached else None
     generated = torch.arange(context.shape[2] + noise.shape[2], device=noise.device) >= context.shape[2]
