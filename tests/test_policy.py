@@ -11,7 +11,7 @@ from wmpo_nb.presets import PolicyConfig, SFTConfig, UserError, load_preset
 from wmpo_nb.run import Checkpointer
 from wmpo_nb.sft import (demonstration_windows, imitation_loss, main, policy_actions, shift_images, smoothed_targets,
                          train_sft)
-from wmpo_nb.trajectory import ActionStats, Streams, TrajectoryBatch, write_shard
+from wmpo_nb.trajectory import ActionStats, Streams, TrajectoryBatch, read_shards, write_shard
 
 torch.set_num_threads(1)       # networks this small lose more by waiting for a second thread than they gain
 
@@ -340,3 +340,14 @@ def test_a_policy_of_another_task_is_refused():
     with pytest.raises(UserError, match="was taught 'lift', and the instruction of tiny_stack is 'stack'"):
         load_policy(SHIPPED / "policy_lift", load_preset("tiny_stack"))
     assert load_policy(SHIPPED / "policy_lift", load_preset("tiny_stack", {"task.instruction": "lift"})).instruction == "lift"
+
+
+def test_cloning_from_files_is_cloning_from_memory(tmp_path):
+    write_shard(tmp_path / "0.tar", demonstrations())
+    stored, kept = (demonstration_windows(read_shards(tmp_path, stored=stored), STATS, pad_end=True) for stored in (True, False))
+    assert not isinstance(stored[0], torch.Tensor) and torch.equal(stored[0][torch.arange(len(stored[0]))], kept[0]) and torch.equal(stored[1], kept[1])
+    def trained(frames, chunks):
+        torch.manual_seed(1)
+        return train_sft(OpenVLAOFT(CONFIG, STATS, "lift"), frames, chunks, SHORT).state_dict()
+    files, memory = trained(*stored), trained(*kept)
+    assert all(torch.equal(files[name], memory[name]) for name in memory)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from wmpo_nb.presets import RewardConfig, RewardTrainConfig, UserError, load_preset
 from wmpo_nb.reward import (
-    SuccessClassifier, augment, calibrate, clip_ends, clip_pools, clips_at, decide, f1_score, hardest, load_pretrained, load_reward, main,
+    SuccessClassifier, augment, calibrate, clip_ends, clip_pools, clip_terms, clips_at, decide, f1_score, hardest, load_pretrained, load_reward, main, mined_clips,
     preprocess, sample_clips, save_reward, select_threshold, split_trajectories, start_of, train_reward, trajectory_scores)
 from wmpo_nb.run import Checkpointer
 from wmpo_nb.weights import save_tensors
@@ -356,3 +356,13 @@ def test_the_rule_can_be_set_and_the_network_cannot(tmp_path):
     told = load_preset("tiny_lift", {"reward.threshold": "0.9", "reward.last_clip_counts": "false"})
     assert load_reward(path, preset=told).config == replace(classifier.config, threshold=0.9, last_clip_counts=False)
     with pytest.raises(UserError, match="without --reward.num_layers 3"): load_reward(path, preset=load_preset("tiny_lift", {"reward.num_layers": "3"}))
+
+
+def test_without_mining_each_process_prepares_its_own_clips():
+    batch, classifier, config = trials(), small_classifier(), replace(TRAINING, mining=1)
+    pools = clip_pools(batch, config, classifier.config.clip_length)
+    clips, labels = mined_clips(classifier, batch, pools, config, torch.Generator().manual_seed(0))
+    assert clips.dtype == torch.uint8 and len(clips) == len(labels) == config.batch_size // 2 * 2
+    whole, pixels = clip_terms(classifier, clips, labels)["loss"], clip_terms(classifier, preprocess(clips, classifier.config), labels)["loss"]
+    parts = [clip_terms(classifier, clips[i:i + 1], labels[i:i + 1])["loss"] for i in range(len(clips))]
+    torch.testing.assert_close(whole, pixels), torch.testing.assert_close(whole, torch.stack(parts).mean())

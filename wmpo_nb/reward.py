@@ -271,17 +271,22 @@ def checked_pools(batch: TrajectoryBatch, config: RewardTrainConfig, clip_length
 # %% ../nbs/14_reward.ipynb #bd2f6ce3
 def mined_clips(classifier: SuccessClassifier, batch: TrajectoryBatch, pools: dict, config: RewardTrainConfig,
                 generator: torch.Generator) -> tuple:
-    "One batch to learn from: pixel values [N, L, 3, size, size] and labels int64 [N], on the classifier's device."
+    """One batch to learn from: clips and labels int64 [N]. Mined clips are pixel values [N, L, 3, size, size] on the classifier's device;
+    with `config.mining` 1 there is nothing to choose, and they are left as uint8 [N, L, H, W, 3] for `clip_terms` to prepare."""
     device, half = next(classifier.parameters()).device, config.batch_size // 2
     clips, labels = sample_clips(batch, pools, half, half * config.mining, generator, classifier.config.clip_length)
-    pixels = preprocess(augment(clips, config, generator), classifier.config).to(device)
+    clips = augment(clips, config, generator)
+    if config.mining == 1: return clips, labels
+    pixels = preprocess(clips, classifier.config).to(device)
     with fast_precision(device): chosen = hardest(classifier, pixels, half)
     return pixels[chosen], labels.to(device)[chosen]
 
 # %% ../nbs/14_reward.ipynb #0c7ef850
-def clip_terms(model, pixels: torch.Tensor, labels: torch.Tensor) -> dict:
-    "Cross-entropy (`loss`) and `accuracy`; `model` is the classifier, possibly wrapped for several processes."
-    with fast_precision(pixels.device): logits = model(pixels)
+def clip_terms(model: SuccessClassifier, clips: torch.Tensor, labels: torch.Tensor) -> dict:
+    "Cross-entropy (`loss`) and `accuracy` on clips uint8 [N, L, H, W, 3], or on their pixel values."
+    device = next(model.parameters()).device
+    pixels, labels = preprocess(clips, model.config).to(device) if clips.dtype == torch.uint8 else clips, labels.to(device)
+    with fast_precision(device): logits = model(pixels)
     return {"loss": F.cross_entropy(logits, labels), "accuracy": (logits.argmax(1) == labels).float().mean()}
 
 # %% ../nbs/14_reward.ipynb #3900ce8e

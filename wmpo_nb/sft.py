@@ -15,7 +15,7 @@ from .presets import SFTConfig, UserError
 from .processes import is_main, start_processes
 from .run import Checkpointer, command, open_run, parse_preset, preset_parser, progress
 from .training import EMA, train_step
-from .trajectory import ActionStats, TrajectoryBatch, read_shards, window_starts
+from .trajectory import ActionStats, PickedFrames, StoredFrames, TrajectoryBatch, read_shards, window_starts
 
 # %% ../nbs/08_sft.ipynb #899e1dca
 def policy_actions(actions: torch.Tensor, stats: ActionStats) -> torch.Tensor:
@@ -25,8 +25,8 @@ def policy_actions(actions: torch.Tensor, stats: ActionStats) -> torch.Tensor:
 
 # %% ../nbs/08_sft.ipynb #a7c49c5b
 def demonstration_windows(batch: TrajectoryBatch, stats: ActionStats, *, chunk: int = 8, labels: torch.Tensor | None = None,
-                          pad_end: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Frames uint8 [N, H, W, 3] and the normalised chunks float32 [N, chunk, 7] to answer them with.
+                          pad_end: bool = False) -> tuple[torch.Tensor | PickedFrames, torch.Tensor]:
+    """Frames uint8 [N, H, W, 3] (stored ones as `PickedFrames`) and the normalised chunks float32 [N, chunk, 7] to answer them with.
 
     `labels` float [B, T, 7] replace the executed actions (a clean expert's answers while a noisy one drives, as in DART).
     `pad_end` also takes the last steps, repeating the last action; without it windows end with the trajectory."""
@@ -35,7 +35,8 @@ def demonstration_windows(batch: TrajectoryBatch, stats: ActionStats, *, chunk: 
     last = batch.length[trajectory, None] - 1
     steps = torch.minimum(step[:, None] + torch.arange(chunk), last)
     actions = (batch.actions if labels is None else labels)[trajectory[:, None], steps]
-    return batch.frames[trajectory, step], policy_actions(actions, stats)
+    frames = PickedFrames(batch.frames, trajectory, step) if isinstance(batch.frames, StoredFrames) else batch.frames[trajectory, step]
+    return frames, policy_actions(actions, stats)
 
 # %% ../nbs/08_sft.ipynb #445f2582
 def smoothed_targets(bins: int, sigma: float) -> torch.Tensor:
@@ -60,24 +61,23 @@ def shift_images(images: torch.Tensor, shift: int, generator: torch.Generator) -
     return images[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 # %% ../nbs/08_sft.ipynb #fc2fbe59
-def train_sft(policy: OpenVLAOFT, frames: torch.Tensor, chunks: torch.Tensor, config: SFTConfig, *, seed: int = 0,
+def train_sft(policy: OpenVLAOFT, frames: torch.Tensor | PickedFrames, chunks: torch.Tensor, config: SFTConfig, *, seed: int = 0,
               checkpointer: Checkpointer | None = None, log=None) -> OpenVLAOFT:
     """Clone `chunks` float32 [N, 8, 7] (normalised) from `frames` uint8 [N, H, W, 3]; the policy gets averaged weights (or adapters).
 
     `log(step, **numbers)` is called every `config.log_every` steps. With a `checkpointer` it goes on where it stopped."""
     accelerator, generator = start_processes(), torch.Generator().manual_seed(seed)
-    images = torch.cat([policy_images(part, policy.config) for part in frames.split(64)])     # in parts: on the way they are floats
     model, optimizer = prepare_policy(accelerator, policy, config, seed)
     trained = trained_part(policy)
     ema, start = EMA(trained, config.ema), 0
     targets = smoothed_targets(policy.config.bins, config.label_sigma).to(policy.device)
     if checkpointer: start = checkpointer.register(policy=trained, optimizer=optimizer, ema=ema, generator=generator).restore()
     def loss_of(images, tokens):
-        with policy.autocast(): logits = model(*policy.inputs(images))[..., action_ids(policy.config)]
+        with policy.autocast(): logits = model(*policy.inputs(policy_images(images, policy.config)))[..., action_ids(policy.config)]
         return {"loss": imitation_loss(logits, tokens.to(logits.device), targets, action_ids(policy.config).start)}
     for step in progress(config.steps, "sft", start):
-        chosen = torch.randint(len(images), (config.batch_size,), generator=generator)
-        batch = shift_images(images[chosen], config.image_shift, generator), tokenize_actions(chunks[chosen], policy.config)
+        chosen = torch.randint(len(frames), (config.batch_size,), generator=generator)
+        batch = shift_images(frames[chosen], config.image_shift, generator), tokenize_actions(chunks[chosen], policy.config)
         terms = train_step(accelerator, loss_of, batch, model, optimizer, step, config, checkpointer)
         ema.update(trained)
         if log and step % config.log_every == 0: log(step, **terms)

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['ActionStats', 'save_stats', 'load_stats', 'TrajectoryBatch', 'Streams', 'InitialState', 'load_first_frames',
            'save_states', 'load_states', 'load_initial_states', 'ActionChunk', 'World', 'Policy', 'TrainablePolicy',
-           'rollout', 'window_starts', 'window_frames', 'write_shard', 'StoredFrames', 'read_shards']
+           'rollout', 'window_starts', 'window_frames', 'write_shard', 'StoredFrames', 'PickedFrames', 'read_shards']
 
 # %% ../nbs/05_trajectory.ipynb #1a02f74a
 import io, json, tarfile
@@ -284,6 +284,13 @@ class StoredFrames:
         for picture, row, *time in zip(found, *(numbers.flatten().tolist() for numbers in (rows, *times))):
             picture.copy_(self._video(row)[tuple(time)])
         return found.view(*rows.shape, *found.shape[1:])
+
+# %% ../nbs/05_trajectory.ipynb #6b2f90c4
+class PickedFrames:
+    "Frames uint8 [N, H, W, 3] of `frames` at the trajectories `rows` and the `times`, both int64 [N], read when they are asked for."
+    def __init__(self, frames: StoredFrames, rows: torch.Tensor, times: torch.Tensor): self.frames, self.rows, self.times = frames, rows, times
+    def __len__(self): return len(self.rows)
+    def __getitem__(self, index) -> torch.Tensor: return self.frames[self.rows[index], self.times[index]]
 
 # %% ../nbs/05_trajectory.ipynb #eaff1bbe
 def _place(path, info: tarfile.TarInfo, file) -> tuple:
