@@ -352,7 +352,7 @@ def arguments(folder):
     sizes = {"image_size": 16, "hidden_size": 32, "intermediate_size": 32, "num_layers": 2, "num_heads": 2,
              "vision_dims": "[16]", "vision_depths": "[3]", "vision_heads": "[2]", "bins": 256}
     overrides = [word for name, value in sizes.items() for word in (f"--policy.{name}", str(value))]
-    return ["--policy", str(folder / "policy"), "--output", str(folder / "out"), *overrides]
+    return ["--policy", str(folder / "policy"), "--output", str(folder / "out"), "--task.instruction", "brighter", *overrides]
 
 
 @pytest.mark.parametrize("iterations", [0, 2])
@@ -365,7 +365,8 @@ def test_a_policy_that_has_learned_all_there_is_is_written(capsys, monkeypatch, 
             return batch
 
     monkeypatch.setattr("wmpo_nb.wmpo._dream", lambda *_: (Easier(), STATES))
-    words = [*arguments(tmp_path), "--task.horizon", "16", "--grpo.validate_every", "0", "--keep", "9"]
+    parts = [word for name in ("world-model", "vae", "reward", "data") for word in (f"--{name}", str(tmp_path / "policy"))]      # asked for
+    words = [*arguments(tmp_path), *parts, "--task.horizon", "16", "--grpo.validate_every", "0", "--keep", "9"]
     assert main(words) == main([*words, "--resume"]) == (0 if iterations else 2)
     out, error = capsys.readouterr()
     assert ("practice ends early: " in out, "calls everything success" in out + error) == (bool(iterations), True)
