@@ -263,7 +263,7 @@ def test_practice_killed_and_resumed_ends_with_the_same_weights(parts, tmp_path)
     "wmpo-train itself, in a dream of random networks, with groups that wait in the checkpoint."
     assert soak.soak("grpo", parts, tmp_path, kills=1) >= 1
     entries = read_metrics(tmp_path / "unbroken")
-    kept = [OpenVLAOFT.from_pretrained(path).lm_head.weight for path in sorted((tmp_path / "unbroken/policies").iterdir())]
+    kept = [OpenVLAOFT.from_pretrained(path).language_model.lm_head.weight for path in sorted((tmp_path / "unbroken/policies").iterdir())]
     assert len(kept) == len(entries) // 3 and not torch.equal(kept[0], kept[1])
     assert any(entry["surplus"] for entry in entries), "nothing ever waited: choose other parts"
     wanted = {"success", "kept_share", "approx_kl", "start_kl", "clip_fraction", "entropy", "grad_norm", "frames_per_second", "memory_mb",

@@ -93,7 +93,12 @@ def pretraining_batches(run: Run, preset: Preset) -> list[TrajectoryBatch]:
 # %% ../nbs/20_from_scratch.ipynb #c7b7dca4
 def real_frames(batches) -> torch.Tensor:
     "Every frame that was really drawn, uint8 [N, H, W, 3]."
-    return torch.cat([frames[:length + 1] for batch in batches for frames, length in zip(batch.frames, batch.length)])
+    frames, first = torch.empty(sum(int((batch.length + 1).sum()) for batch in batches), *batches[0].frames.shape[2:], dtype=torch.uint8), 0
+    for batch in batches:
+        for video, length in zip(batch.frames, (batch.length + 1).tolist()):          # one after the other: they are gigabytes
+            frames[first:first + length] = video[:length]
+            first += length
+    return frames
 
 # %% ../nbs/20_from_scratch.ipynb #af7930a4
 def train_autoencoder(run: Run, preset: Preset) -> VAE:

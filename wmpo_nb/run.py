@@ -564,7 +564,7 @@ def parse_preset(parser: argparse.ArgumentParser, argv: list[str] | None = None,
     if shards() and not can_shard:
         raise UserError(f"{parser.prog} keeps whole weights in each process: launch it with configs/accelerate/ddp_8.yaml")
     _set_environment(args)
-    if is_main() and not args.resume: check_new(args.output)
+    if is_main() and not getattr(args, "resume", True): check_new(args.output)
     return args, preset
 
 # %% ../nbs/04_run.ipynb #73ebe7a2
