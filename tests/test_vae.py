@@ -181,6 +181,6 @@ def test_command(tmp_path, capsys):
     assert main(argv) == 0
     assert load_vae(tmp_path / "run/vae.safetensors").config.block_out_channels == (8, 8)
     assert main(argv) == 2 and "--resume" in capsys.readouterr().err
-    assert main(["--preset", "coffee_128", *argv]) == 2 and "downloaded" in capsys.readouterr().err
+    assert main(["--preset", "coffee_128", *argv, "--output", str(tmp_path / "other")]) == 2 and "downloaded" in capsys.readouterr().err
     assert main(["--data", str(tmp_path / "nothing"), "--output", str(tmp_path / "run2")]) == 2
     assert not (tmp_path / "run2").exists()

@@ -104,7 +104,10 @@ def test_only_the_very_last_clip_may_not_count(parts, dream, states, monkeypatch
     "Upstream ignores the clip that ends with the video, not those that end with an earlier chunk."
     monkeypatch.setattr(dream.classifier, "config", replace(dream.classifier.config, threshold=0.5, last_clip_counts=counts))
     for at in (16, 32):
-        monkeypatch.setattr(dream_room, "trajectory_scores", lambda classifier, frames, length, ends: (ends == at + 1).float().expand(len(frames), -1))
+        def only_the_clip_at(classifier, frames, length, ends):
+            first = dream.seen.shape[1] - frames.shape[1]          # a dream hands over no frame that it need not
+            return (first + ends == at + 1).float().expand(len(frames), -1)
+        monkeypatch.setattr(dream_room, "trajectory_scores", only_the_clip_at)
         batch = rollout(parts.base, dream, states, chunks=4)
         assert batch.success.tolist() == [counts or at == 16] * len(states) and batch.finish_step.tolist() == [at] * len(states)
 

@@ -109,7 +109,7 @@ def train_autoencoder(run: Run, preset: Preset) -> VAE:
     with run.stage("vae"):
         train_vae(vae, frames, preset.vae_training, seed=run.seed, log=stage_log(run, "vae"),
                   checkpointer=stage_checkpoints(run, "vae", preset.vae_training))
-    save_weights(weights_folder(run) / "vae.safetensors", vae, config=vae.config)
+    save_weights(weights_folder(run) / "vae.safetensors", vae, config=vae.config, dtype=torch.bfloat16)
     return vae
 
 # %% ../nbs/20_from_scratch.ipynb #4a466517
@@ -140,7 +140,7 @@ def pretrain_world_model(run: Run, preset: Preset, vae: VAE) -> WorldModel:
     with run.stage("pretraining"):
         train_world_model(world_model, sample, preset.pretraining, seed=run.seed, log=stage_log(run, "pretraining"),
                           checkpointer=stage_checkpoints(run, "pretraining", preset.pretraining))
-    save_world_model(weights_folder(run) / "world_model.safetensors", world_model, dtype=torch.bfloat16)
+    save_world_model(weights_folder(run) / "world_model.safetensors", world_model, dtype=torch.int8)
     return world_model
 
 # %% ../nbs/20_from_scratch.ipynb #7490b9ae
@@ -152,7 +152,7 @@ def pretrain_reward(run: Run, preset: Preset, vae: VAE) -> SuccessClassifier:
         classifier = train_reward(SuccessClassifier(preset.reward), reconstruct_batch(vae, batch), preset.reward_pretraining, seed=run.seed,
                                   log=stage_log(run, "reward pretraining"),
                                   checkpointer=stage_checkpoints(run, "reward_pretraining", preset.reward_pretraining))
-    save_reward(weights_folder(run) / "reward.safetensors", classifier)
+    save_reward(weights_folder(run) / "reward.safetensors", classifier, dtype=torch.bfloat16)
     return classifier
 
 # %% ../nbs/20_from_scratch.ipynb #c76b05bb

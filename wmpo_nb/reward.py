@@ -321,9 +321,9 @@ def train_reward(classifier: SuccessClassifier, batch: TrajectoryBatch, config: 
     return classifier
 
 # %% ../nbs/14_reward.ipynb #169e888b
-def save_reward(path, classifier: SuccessClassifier):
-    "Write weights, configuration (with the threshold) and held-out metrics."
-    save_weights(path, classifier, config=classifier.config, metrics=getattr(classifier, "metrics", {}))
+def save_reward(path, classifier: SuccessClassifier, dtype: torch.dtype | None = None):
+    "Write weights, as `dtype` or in their own, configuration (with the threshold) and held-out metrics."
+    save_weights(path, classifier, config=classifier.config, metrics=getattr(classifier, "metrics", {}), dtype=dtype)
 
 # %% ../nbs/14_reward.ipynb #5c1d9e20
 # what turns scores into a verdict; all other fields are the network's
