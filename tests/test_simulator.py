@@ -285,6 +285,14 @@ def test_sigterm_while_the_policy_thinks_is_no_crash():
         with pytest.raises(Stopped, match="told to stop"): simulator.step(torch.zeros(1, 8, 7))
 
 
+def test_sigterm_while_scripted_trials_are_made(tmp_path):
+    with Simulator(TaskConfig(image_size=16, horizon=8), 0) as simulator, heed_sigterm():
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Stopped, match="trials so far are kept"): collect_scripted(simulator, tmp_path, "play", range(2), shard=1)
+        collect_scripted(simulator, tmp_path, "play", range(2), shard=1)
+    assert len(list(tmp_path.glob("*.tar"))) == 2
+
+
 @pytest.mark.skipif(installed(), reason="MimicGen is installed")
 def test_a_task_that_needs_mimicgen_is_refused_before_a_worker_starts():
     with pytest.raises(UserError, match="MimicGen"): Simulator(load_preset("coffee_128").task, 2)

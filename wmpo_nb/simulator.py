@@ -24,7 +24,7 @@ from fastcore.basics import patch
 
 # %% ../nbs/06_simulator.ipynb #6fa5e1f5
 from .presets import PAPER_TASKS, TaskConfig, UserError
-from .run import progress, stop, told_to_stop
+from .run import progress, stop, stop_if_asked, told_to_stop
 from .trajectory import InitialState, TrajectoryBatch, write_shard
 
 # %% ../nbs/06_simulator.ipynb #456a9386
@@ -597,6 +597,7 @@ def collect_scripted(simulator: Simulator, folder, kind: str, seeds, shard: int 
     folder, before, styles = Path(folder), Simulator.steps, scripted_styles(kind, len(seeds), seeds[0])
     folder.mkdir(parents=True, exist_ok=True)
     for i in progress(range(0, len(seeds), shard), f"{simulator.task.name} {kind}"):
+        stop_if_asked("the trials so far are kept")
         path = folder / f"{kind}_{i // shard:05d}.tar"
         if not path.exists(): write_shard(path, script_trials(simulator, seeds[i:i + shard], styles[i:i + shard]))
     return Simulator.steps - before
