@@ -43,7 +43,7 @@ setup(
     ],
     python_requires=f">={settings['min_python']}",
     packages=["wmpo_nb"],
-    package_data={"wmpo_nb": ["weights/*.safetensors", "weights/*/*.safetensors", "weights/*/*.json", "reference_*.npz", "play.html"]},
+    package_data={"wmpo_nb": ["weights/*/*.safetensors", "weights/*/*/*.safetensors", "weights/*/*/*.json", "reference_*.npz", "play.html"]},
     include_package_data=False,
     install_requires=lines("requirements"),
     extras_require={"dev": lines("dev_requirements") + lines("oxe_requirements"), "oxe": lines("oxe_requirements"),

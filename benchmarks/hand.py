@@ -80,7 +80,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="scripted trials: what the small network learns from")
     parser.add_argument("--trials", required=True, type=Path, metavar="DIR", help="the policy's trials that are dreamt")
-    parser.add_argument("--weights", type=Path, default=Path("wmpo_nb/weights"), metavar="DIR", help="VAE, statistics and world model")
+    parser.add_argument("--weights", type=Path, default=Path("wmpo_nb/weights/lift"), metavar="DIR", help="VAE, statistics and world model")
     parser.add_argument("--world-model", type=Path, metavar="FILE", help="instead of that of --weights")
     parser.add_argument("--count", type=int, default=64, help="trials to dream")
     args = parser.parse_args()

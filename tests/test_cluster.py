@@ -13,8 +13,8 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from torch import nn
 
-from wmpo_nb.demo import SHIPPED
 from wmpo_nb.policy import OpenVLAOFT
+from wmpo_nb.from_scratch import shipped_weights
 from wmpo_nb.presets import UserError, WorldModelTrainConfig, load_preset
 from wmpo_nb.processes import prepare, start_processes
 from wmpo_nb.run import Checkpointer, Run, Stopped, heed_sigterm, parse_preset, preset_parser, read_metrics
@@ -293,7 +293,7 @@ def test_sigterm_ends_a_command_with_zero_and_resume_goes_on(parts, tmp_path):
 
 def test_sigterm_to_the_simulators_too_is_no_crash(tmp_path):
     "As Slurm, `timeout` and many shells send it: to the whole group, so that the workers are gone before the command looks."
-    words = [sys.executable, "-c", "from wmpo_nb.collect import main; raise SystemExit(main())", "--policy", str(SHIPPED / "policy_lift"), "--workers", "2",
+    words = [sys.executable, "-c", "from wmpo_nb.collect import main; raise SystemExit(main())", "--policy", str(shipped_weights(load_preset("tiny_lift")) / "policy_lift"), "--workers", "2",
              "--collect.trajectories", "96", "--output", str(tmp_path / "run")]
     process = subprocess.Popen(words, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while process.poll() is None and not list((tmp_path / "run").glob("data/*/*.tar")): time.sleep(0.05)

@@ -12,13 +12,17 @@ import pytest
 
 from helpers import refusal
 from wmpo_nb import demo
-from wmpo_nb.demo import SHIPPED, TRAINED, iterations_of, main, practice_log, practise, share, weight_digests
+from wmpo_nb.demo import TRAINED, iterations_of, main, practice_log, practise, share, weight_digests
+from wmpo_nb.from_scratch import shipped_weights
 from wmpo_nb.presets import GRPOConfig, load_preset
 from wmpo_nb.run import Run
 
 TINY = ["--fast", "--workers", "2", "--collect.trajectories", "24", "--collect.rounds", "2", "--alignment.steps", "3", "--reward_training.steps", "3",
         "--grpo.iterations", "2", "--grpo.groups", "2", "--grpo.group_size", "4", "--grpo.max_draws", "2", "--evaluation.states", "4",
         "--world_model.flow_steps", "2", "--grpo.accuracy_low", "0", "--grpo.accuracy_high", "1"]
+
+
+LIFT = shipped_weights(load_preset("tiny_lift"))
 
 
 def message(capsys, *arguments): return refusal(main, capsys, *arguments)
@@ -39,12 +43,12 @@ def test_unknown_preset_field_and_value(capsys, tmp_path):
 def test_missing_truncated_and_wrong_weights(capsys, tmp_path):
     out = ("--output", str(tmp_path / "run"))
     assert "nowhere" in message(capsys, "--weights", str(tmp_path / "nowhere"), *out)
-    shutil.copytree(SHIPPED, tmp_path / "weights")
+    shutil.copytree(LIFT, tmp_path / "weights")
     path = tmp_path / "weights/world_model.safetensors"
     path.write_bytes(path.read_bytes()[:5000])
     assert "world_model.safetensors" in message(capsys, "--weights", str(tmp_path / "weights"), *out)
-    shutil.copy(SHIPPED / "vae.safetensors", tmp_path / "weights/reward.safetensors")
-    shutil.copy(SHIPPED / "world_model.safetensors", path)
+    shutil.copy(LIFT / "vae.safetensors", tmp_path / "weights/reward.safetensors")
+    shutil.copy(LIFT / "world_model.safetensors", path)
     assert "reward.safetensors" in message(capsys, "--weights", str(tmp_path / "weights"), *out)
     assert not (tmp_path / "run").exists()
 
@@ -104,11 +108,11 @@ def test_record_and_report(runs):
     page = (folder / "whole/report.html").read_text()
     assert "95 % interval" in page and "<script" not in page and "after alignment" in page
     assert "after WMPO" in printed and "report.html" in printed
-    assert json.loads((folder / "broken/weights.json").read_text()) == weight_digests(SHIPPED, load_preset("tiny_lift"))
+    assert json.loads((folder / "broken/weights.json").read_text()) == weight_digests(LIFT, load_preset("tiny_lift"))
 
 
 def test_a_run_does_not_go_on_with_other_weights(runs, capsys):
-    shutil.copytree(SHIPPED, runs[0] / "weights")
+    shutil.copytree(LIFT, runs[0] / "weights")
     shutil.copy(runs[0] / "whole/world_model.safetensors", runs[0] / "weights")
     arguments = (*TINY, "--weights", str(runs[0] / "weights"), "--output", str(runs[0] / "whole"), "--resume")
     assert "other files (world_model.safetensors)" in message(capsys, *arguments)

@@ -167,7 +167,7 @@ def test_agreement_refuses_different_actions():
 
 def test_an_exam_from_a_file_of_states_is_that_of_its_seeds(tmp_path, capsys):
     "`wmpo-evaluate --states`: the same places of cube and arm give the same trials, whoever says them."
-    from wmpo_nb.demo import SHIPPED
+    from wmpo_nb.from_scratch import shipped_weights
     from wmpo_nb.evaluation import main
     from wmpo_nb.presets import load_preset, seeds_for
     from wmpo_nb.simulator import Environment
@@ -181,11 +181,11 @@ def test_an_exam_from_a_file_of_states_is_that_of_its_seeds(tmp_path, capsys):
     save_states(tmp_path / "states.npz", states, scenes)
     outcomes = {}
     for name, extra in (("seeds", []), ("states", ["--states", str(tmp_path / "states.npz")])):
-        assert main(["--policy", str(SHIPPED / "policy_lift"), "--output", str(tmp_path / name), "--evaluation.states", "6", *extra]) == 0
+        assert main(["--policy", str(shipped_weights(load_preset("tiny_lift")) / "policy_lift"), "--output", str(tmp_path / name), "--evaluation.states", "6", *extra]) == 0
         record = json.loads((tmp_path / name / "evaluations.json").read_text())["policy"]
         outcomes[name] = record["success"], record["finish_step"]
     assert outcomes["states"] == outcomes["seeds"]
     assert len(set(outcomes["seeds"][1])) > 1, "all trials end alike: the comparison above says nothing"
     (tmp_path / "broken.npz").write_bytes(b"no archive")
-    assert main(["--policy", str(SHIPPED / "policy_lift"), "--output", str(tmp_path / "out"), "--states", str(tmp_path / "broken.npz")]) == 2
+    assert main(["--policy", str(shipped_weights(load_preset("tiny_lift")) / "policy_lift"), "--output", str(tmp_path / "out"), "--states", str(tmp_path / "broken.npz")]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) >= 1 and not (tmp_path / "out").exists()

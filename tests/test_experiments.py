@@ -14,11 +14,12 @@ import torch
 
 from helpers import refusal
 from wmpo_nb import simulator as simulator_room
-from wmpo_nb.demo import SHIPPED, Parts, weight_digests
+from wmpo_nb.demo import Parts, weight_digests
 from wmpo_nb.evaluation import evaluate
 from wmpo_nb.experiments import (ABLATIONS, EXPERIMENTS, KINDS, BranchedDream, Cell, Job, artefact, branch_points, cell_words, cells_of, changed_fields,
                                  check_alike, collate, displaced, disturb, failed_grasps, is_finished, check_kept, job_name, main, matching_demo, only, open_lock, plan, read_json, result_of, run_jobs,
                                  same_preset, vary, watch_trial, write_json)
+from wmpo_nb.from_scratch import shipped_weights
 from wmpo_nb.presets import PRESETS, UserError, load_preset, override, seeds_for
 from wmpo_nb.results import PAGES
 from wmpo_nb.simulator import Simulator
@@ -26,6 +27,7 @@ from wmpo_nb.trajectory import InitialState, Streams, TrajectoryBatch
 from wmpo_nb.world_model import action_inputs
 
 PRESET = load_preset("tiny_lift")
+LIFT = shipped_weights(PRESET)
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
@@ -103,10 +105,10 @@ def test_a_cell_of_other_settings_is_refused(tmp_path):
     with pytest.raises(UserError, match="other settings"):
         is_finished(tmp_path, job._replace(preset=override(PRESET, "grpo.iterations", "3")))
     three = Job("lifelong", "lifelong", PRESET, 0, {"rounds": 3})              # what only its options say counts as well
-    Cell(three, tmp_path, SHIPPED, tmp_path / "cache").run.close()
+    Cell(three, tmp_path, LIFT, tmp_path / "cache").run.close()
     write_json(tmp_path / "lifelong/cell.json", {})
-    assert is_finished(tmp_path, three, SHIPPED)
-    with pytest.raises(UserError, match="other settings"): is_finished(tmp_path, three._replace(options={"rounds": 4}), SHIPPED)
+    assert is_finished(tmp_path, three, LIFT)
+    with pytest.raises(UserError, match="other settings"): is_finished(tmp_path, three._replace(options={"rounds": 4}), LIFT)
 
 
 def test_a_cell_from_other_weights_is_refused(tmp_path):
@@ -229,8 +231,8 @@ def test_presets_are_recognised_though_fields_are_added():
 
 
 def test_a_demo_in_another_world_model_is_not_taken_for_this_one(tmp_path):
-    parts = Parts(SHIPPED, PRESET)
-    began, states = weight_digests(SHIPPED, PRESET), [InitialState(seed, None) for seed in seeds_for("selection", 2)]
+    parts = Parts(LIFT, PRESET)
+    began, states = weight_digests(LIFT, PRESET), [InitialState(seed, None) for seed in seeds_for("selection", 2)]
     found = evaluate(parts.base, Simulator(PRESET.task, 0, every_frame=False), states, chunks=PRESET.task.chunks)
     assert set(began) == {"vae.safetensors", "world_model.safetensors", "reward.safetensors", "policy_lift/model.safetensors"}
     for name, weights in (("same", began), ("other", began | {"world_model.safetensors": "0" * 16}), ("unknown", None)):
@@ -238,7 +240,7 @@ def test_a_demo_in_another_world_model_is_not_taken_for_this_one(tmp_path):
         write_json(tmp_path / name / "evaluations.json", {"base policy": found.to_dict()})
         write_json(tmp_path / name / "record.json", {})
         if weights: write_json(tmp_path / name / "weights.json", weights)
-    found = {name: matching_demo(Cell(Job(name, "wmpo", PRESET, 0), tmp_path / "cells", SHIPPED, tmp_path / "cache", (tmp_path / name,)))
+    found = {name: matching_demo(Cell(Job(name, "wmpo", PRESET, 0), tmp_path / "cells", LIFT, tmp_path / "cache", (tmp_path / name,)))
              for name in ("same", "other", "unknown")}
     assert found == {"same": tmp_path / "same", "other": None, "unknown": None}
 
@@ -333,8 +335,7 @@ def test_watching_sees_the_expert_hold_the_cube_and_a_hand_in_the_air_fail(envir
 
 
 def test_a_branched_dream_starts_from_real_context():
-    from wmpo_nb.demo import SHIPPED, Parts
-    parts = Parts(SHIPPED, PRESET)
+    parts = Parts(LIFT, PRESET)
     torch.manual_seed(0)
     film = torch.randint(0, 256, (1, 4, 64, 64, 3), dtype=torch.uint8)
     dream = BranchedDream(parts.world_model(), parts.vae, parts.classifier(), parts.stats, {5: film[0], 6: film[0]}, {5: torch.rand(16, 7), 6: torch.zeros(0, 7)})
@@ -393,11 +394,11 @@ def test_every_other_kind_of_cell_in_miniature(miniature):
     "Each fills its cell from those of Table 1, and its page can be written."
     fields = {k[2:]: v for k, v in zip(TINY[::2], TINY[1::2]) if "." in k}
     preset = load_preset("tiny_lift", fields | {"collect.trajectories": "8"})
-    places = SimpleNamespace(output=miniature / "runs", weights=SHIPPED, cache=miniature / "cache", demo=None, keep=2, log_with=())
+    places = SimpleNamespace(output=miniature / "runs", weights=LIFT, cache=miniature / "cache", demo=None, keep=2, log_with=())
     for name, cells in (("noise", ["noise0"]), ("disruptions", ["base-position"]), ("recoveries", ["watch-base"]), ("agreement", ["agreement"]),
                         ("alignment", ["truth-*"]), ("ablations", ["horizon-2_chunks"]), ("lifelong", ["rounds", "imitation1"])):
         for job in only(plan(name, preset, [8], [0]), cells):                  # in this process: eleven more would take their time to start
-            if not is_finished(places.output, job, SHIPPED): assert main(cell_words(job, places)[3:]) == 0
+            if not is_finished(places.output, job, LIFT): assert main(cell_words(job, places)[3:]) == 0
         assert collate(places.output, name, miniature / "results").exists()
     found = {name: [c for c in read_json(miniature / f"results/{name}.json")["cells"] if c["experiment"] == name] for name in EXPERIMENTS if name not in ("table1", "flow-steps")}
     length = PRESET.task.horizon + 1

@@ -7,7 +7,7 @@ import torch
 from wmpo_nb import from_scratch
 from wmpo_nb.alignment import load_world_model
 from wmpo_nb.demo import Parts
-from wmpo_nb.from_scratch import JoinedWindows, make_weights
+from wmpo_nb.from_scratch import JoinedWindows, make_weights, shipped_weights
 from wmpo_nb.presets import load_preset
 from wmpo_nb.run import Run
 from wmpo_nb.trajectory import read_shards
@@ -64,11 +64,11 @@ def test_a_warm_start_goes_on_from_the_shipped_weights(tmp_path, scratch):
              "pretraining.muon_learning_rate": 0}
     run = Run(tmp_path, load_preset("tiny_lift", {k: str(v) for k, v in (SMALL | still).items()}), "test", 0)
     for name in ("data", "weights"): shutil.copytree(cold / name, tmp_path / name)
-    vae, shipped = from_scratch.train_autoencoder(run, run.preset), load_vae(from_scratch.SHIPPED / "vae.safetensors")
+    vae, shipped = from_scratch.train_autoencoder(run, run.preset), load_vae(shipped_weights(load_preset("tiny_lift")) / "vae.safetensors")
     for part in ("encoder", "decoder"):      # not the biases between them, which centre the latents of other frames
         torch.testing.assert_close(getattr(vae.module, part).state_dict(), getattr(shipped.module, part).state_dict())
     world_model = from_scratch.pretrain_world_model(run, run.preset, vae)
-    shipped = load_world_model(from_scratch.SHIPPED / "world_model.safetensors", run.preset.world_model)
+    shipped = load_world_model(shipped_weights(load_preset("tiny_lift")) / "world_model.safetensors", run.preset.world_model)
     torch.testing.assert_close(world_model.state_dict(), shipped.state_dict())
 
 

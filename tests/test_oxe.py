@@ -30,7 +30,7 @@ from wmpo_nb.weights import load_weights
 from wmpo_nb.trajectory import ActionStats, load_stats
 
 ROOT = Path(__file__).parent.parent
-VAE = ROOT / "wmpo_nb/weights/vae.safetensors"
+VAE = ROOT / "wmpo_nb/weights/lift/vae.safetensors"
 TINY = load_preset("tiny_lift")
 LENGTHS = {"left": (20, 9, 33, 26), "right": (40, 25, 31)}
 

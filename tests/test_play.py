@@ -11,7 +11,8 @@ from PIL import Image
 
 from helpers import refusal
 from wmpo_nb import play
-from wmpo_nb.demo import SHIPPED, Parts, weight_digests
+from wmpo_nb.demo import Parts, weight_digests
+from wmpo_nb.from_scratch import shipped_weights
 from wmpo_nb.flow import euler_timesteps
 from wmpo_nb.presets import TaskConfig, UserError, load_preset
 from wmpo_nb.trajectory import TrajectoryBatch
@@ -19,7 +20,7 @@ from wmpo_nb.trajectory import TrajectoryBatch
 
 @pytest.fixture(scope="module")
 def parts():
-    return Parts(SHIPPED, load_preset("tiny_lift"))
+    return Parts(shipped_weights(load_preset("tiny_lift")), load_preset("tiny_lift"))
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +134,7 @@ def test_errors_are_one_line(tmp_path):
 
 
 def test_a_run_of_another_task_or_other_weights_is_refused(tmp_path, capsys):
-    digests = weight_digests(SHIPPED, load_preset("tiny_lift"))
+    digests = weight_digests(shipped_weights(load_preset("tiny_lift")), load_preset("tiny_lift"))
     for name, weights, complaint in (("tiny_stack", digests, "--preset"), ("tiny_lift", digests | {"vae.safetensors": "0"}, "--weights"),
                                      ("tiny_lift", digests, "world_model.safetensors")):                    # ours, and not finished
         (tmp_path / "config.json").write_text(json.dumps({"preset": {"name": name}}))

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from wmpo_nb.from_scratch import SHIPPED
+from wmpo_nb.from_scratch import shipped_weights
 from wmpo_nb.policy import (OpenVLAOFT, action_ids, detokenize_actions, encode_prompt, load_policy, policy_images, sample_tokens,
                             tokenize_actions)
 from wmpo_nb.presets import PolicyConfig, SFTConfig, UserError, load_preset
@@ -338,8 +338,8 @@ def test_command(tmp_path, capsys):
 
 def test_a_policy_of_another_task_is_refused():
     with pytest.raises(UserError, match="was taught 'lift', and the instruction of tiny_stack is 'stack'"):
-        load_policy(SHIPPED / "policy_lift", load_preset("tiny_stack"))
-    assert load_policy(SHIPPED / "policy_lift", load_preset("tiny_stack", {"task.instruction": "lift"})).instruction == "lift"
+        load_policy(shipped_weights(load_preset("tiny_lift")) / "policy_lift", load_preset("tiny_stack"))
+    assert load_policy(shipped_weights(load_preset("tiny_lift")) / "policy_lift", load_preset("tiny_stack", {"task.instruction": "lift"})).instruction == "lift"
 
 
 def test_cloning_from_files_is_cloning_from_memory(tmp_path):

@@ -260,10 +260,12 @@ def test_play_works_from_a_file_and_on_a_phone(browser, site):
 
 def test_the_page_dreams_what_pytorch_dreams(play):
     import torch
-    from wmpo_nb.demo import SHIPPED, Parts
+    from wmpo_nb.demo import Parts
+    from wmpo_nb.from_scratch import shipped_weights
     from wmpo_nb.presets import load_preset
     from wmpo_nb.world_model import action_inputs
-    parts = Parts(SHIPPED, load_preset("tiny_lift"))
+    preset = load_preset("tiny_lift")
+    parts = Parts(shipped_weights(preset), preset)
     page = play(bypass_csp=True)                   # the policy forbids what the test needs: evaluating code in the page
     shape = page.evaluate("[1, C, K, H, W]")
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))

@@ -11,7 +11,8 @@ import torch
 from wmpo_nb import dream as dream_room
 from wmpo_nb.alignment import LatentWindows, load_world_model, make_world_model, save_world_model
 from wmpo_nb.collect import _fingerprint
-from wmpo_nb.demo import SHIPPED, Parts
+from wmpo_nb.demo import Parts
+from wmpo_nb.from_scratch import shipped_weights
 from wmpo_nb.dream import Dream
 from wmpo_nb.evaluation import agreement, replay
 from wmpo_nb.presets import UserError, load_preset, seeds_for
@@ -24,7 +25,7 @@ CHUNKS = 3
 
 
 @pytest.fixture(scope="module")
-def parts(): return Parts(SHIPPED, PRESET)
+def parts(): return Parts(shipped_weights(PRESET), PRESET)
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +74,12 @@ def test_a_dream_needs_no_simulator_at_all(tmp_path, states):
         import sys
         sys.modules['mujoco'] = sys.modules['robosuite'] = None
         import torch
-        from wmpo_nb.demo import SHIPPED, Parts
+        from wmpo_nb.demo import Parts
+        from wmpo_nb.from_scratch import shipped_weights
         from wmpo_nb.dream import Dream
         from wmpo_nb.presets import Preset
         from wmpo_nb.trajectory import InitialState, rollout
-        parts = Parts(SHIPPED, Preset())
+        parts = Parts(shipped_weights(Preset()), Preset())
         dream = Dream(parts.world_model(), parts.vae, parts.classifier(), parts.stats)
         frames = torch.load(r'{tmp_path / "frames.pt"}', weights_only=True)
         batch = rollout(parts.base, dream, [InitialState(i, f) for i, f in enumerate(frames)], chunks=2)

@@ -365,6 +365,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'wmpo_nb.from_scratch.pretraining_windows': ( 'from_scratch.html#pretraining_windows',
                                                                                     'wmpo_nb/from_scratch.py'),
                                       'wmpo_nb.from_scratch.real_frames': ('from_scratch.html#real_frames', 'wmpo_nb/from_scratch.py'),
+                                      'wmpo_nb.from_scratch.shipped_weights': ( 'from_scratch.html#shipped_weights',
+                                                                                'wmpo_nb/from_scratch.py'),
                                       'wmpo_nb.from_scratch.stage_checkpoints': ( 'from_scratch.html#stage_checkpoints',
                                                                                   'wmpo_nb/from_scratch.py'),
                                       'wmpo_nb.from_scratch.stage_log': ('from_scratch.html#stage_log', 'wmpo_nb/from_scratch.py'),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 # %% ../nbs/28_baselines.ipynb #8cc699fb
 from .collect import collect
-from .demo import SHIPPED
+from .from_scratch import shipped_weights
 from .grpo import action_mask
 from .policy import load_policy, prepare_policy, save_trained, trained_part
 from .presets import GRPOConfig, UserError, seeds_for
@@ -273,7 +273,7 @@ def _parser():
 # %% ../nbs/28_baselines.ipynb #443369aa
 def policy_loader(folder: Path | None, preset):
     "A function that loads the base policy afresh. Raises `UserError` at once if it cannot."
-    folder = folder or SHIPPED / f"policy_{preset.task.name}"
+    folder = folder or shipped_weights(preset) / f"policy_{preset.task.name}"
     def load(): return load_policy(folder, preset)
     load()
     return load

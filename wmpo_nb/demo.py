@@ -20,7 +20,7 @@ from .alignment import align, encode_windows, load_world_model, save_world_model
 from .collect import collect
 from .dream import Dream
 from .evaluation import Evaluation, agreement, evaluate, replay, success_table
-from .from_scratch import SHIPPED, make_weights, stage_checkpoints, stage_log
+from .from_scratch import make_weights, shipped_weights, stage_checkpoints, stage_log
 from .policy import OpenVLAOFT, check_config
 from .presets import GRPOConfig, Preset, UserError, seeds_for
 from .report import save_record, write_report
@@ -37,9 +37,6 @@ class Parts:
     "The networks a run starts from, read from a folder of weights. Raises `UserError` when one is missing or damaged."
     def __init__(self, folder: Path, preset: Preset):
         self.folder, self.preset = Path(folder), preset
-        if self.folder == SHIPPED and not (SHIPPED / f"policy_{preset.task.name}").exists():
-            raise UserError(f"no weights for {preset.name} are shipped: wmpo-demo --preset {preset.name} --from-scratch makes them (hours), "
-                            f"--output runs/{preset.name}_scratch say; --weights takes their folder")
         check_config(self.folder / f"policy_{preset.task.name}", preset)
         self.base = self.policy()
         self.vae, self.stats = load_vae(self.folder / "vae.safetensors"), self.base.stats
@@ -276,7 +273,7 @@ def main(argv=None):
     given = list(argv or sys.argv[1:])
     check_rounds(preset)
     choose_gl()
-    if not args.from_scratch: parts = Parts(args.weights or SHIPPED, preset)
+    if not args.from_scratch: parts = Parts(args.weights or shipped_weights(preset), preset)
     run = open_run(args, preset, "wmpo-demo")
     if args.from_scratch: parts = Parts(make_weights(run, preset, args.workers), preset)
     run.start_from(weight_digests(parts.folder, preset))

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 # %% ../nbs/24_doctor.ipynb #0f22765e
-from .demo import SHIPPED
+from .from_scratch import SHIPPED, shipped_weights
 from .policy import OpenVLAOFT
 from .presets import TaskConfig, UserError, as_tuples, load_preset, seeds_for
 from .run import command
@@ -276,8 +276,9 @@ def compare(frame: np.ndarray, reference: np.ndarray) -> Finding:
 class Kit:
     "The policy in `folder`, the `reference`, the simulator as the reference has it, and where runs would be written."
     def __init__(self, folder: Path | None = None, output: Path = Path("."), reference: Path = REFERENCE):
-        self.task, self.output, self.path = load_preset(PRESET).task, Path(output), reference
-        self.folder = Path(folder or SHIPPED / f"policy_{self.task.name}")
+        preset = load_preset(PRESET)
+        self.task, self.output, self.path = preset.task, Path(output), reference
+        self.folder = Path(folder or shipped_weights(preset) / f"policy_{self.task.name}")
 
     @functools.cached_property
     def reference(self) -> Reference: return load_reference(self.path)

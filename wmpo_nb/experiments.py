@@ -32,11 +32,11 @@ from . import simulator as simulator_room
 from .alignment import align, encode_windows, imagine_trajectory, load_world_model, save_world_model
 from .baselines import run_dpo, run_grpo
 from .collect import collect
-from .demo import SHIPPED, Parts, gather_trajectories, one_round, practice_log, run_rounds, weight_digests
+from .demo import Parts, gather_trajectories, one_round, practice_log, run_rounds, weight_digests
 from .dream import Dream
 from .evaluation import (Evaluation, agreement, calibration, departures, evaluate, psnr_by_frame, replay, ssim_by_frame,
                                 verdict_flips)
-from .from_scratch import make_demonstrations, stage_checkpoints, stage_log, train_base_policy, weights_folder
+from .from_scratch import make_demonstrations, shipped_weights, stage_checkpoints, stage_log, train_base_policy, weights_folder
 from .policy import OpenVLAOFT
 
 # %% ../nbs/31_experiments.ipynb #e0692e49
@@ -835,7 +835,7 @@ def _parser():
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these cells and those they need, by name as --plan ends with it; * for anything")
     parser.add_argument("--jobs", type=int, metavar="N", default=os.cpu_count() or 1, help="processes at a time (default: one per core)")
     parser.add_argument("--plan", action="store_true", help="list the cells and which are done, and stop")
-    parser.add_argument("--weights", type=Path, metavar="DIR", default=SHIPPED, help="start from these weights instead of the shipped ones")
+    parser.add_argument("--weights", type=Path, metavar="DIR", help="start from these weights instead of the shipped ones")
     parser.add_argument("--cache", type=Path, metavar="DIR", default=Path("runs/cache"), help="where real trajectories are kept (default: %(default)s)")
     parser.add_argument("--demo", type=Path, nargs="+", metavar="DIR", help="finished runs of wmpo-demo: those that match are not computed again")
     parser.add_argument("--results", type=Path, metavar="DIR", default=Path("results"), help="where JSON, tables and figures go (default: %(default)s)")
@@ -870,6 +870,7 @@ def main(argv=None):
         if not any(args.results.glob("*.json")): raise UserError(f"no results (*.json) in {args.results}")
         for page in write_pages(args.results): print(page)
         return
+    args.weights = args.weights or shipped_weights(preset)
     jobs = plan(args.experiment, preset, args.budgets or [preset.collect.trajectories], args.seeds)
     if args.only: jobs = only(jobs, args.only)
     if args.plan:

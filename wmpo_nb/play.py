@@ -18,7 +18,8 @@ from torch import nn
 
 # %% ../nbs/27_play.ipynb #07321027
 from .alignment import load_world_model
-from .demo import SHIPPED, Parts, weight_digests
+from .demo import Parts, weight_digests
+from .from_scratch import shipped_weights
 from .dream import Dream
 from .evaluation import replay
 from .flow import euler_timesteps
@@ -237,13 +238,14 @@ def page(spec: dict, files: dict, runtime: dict) -> str:
     return text
 
 # %% ../nbs/27_play.ipynb #4c98b30a
-def export_page(path: Path, weights: Path = SHIPPED, preset=None, *, cache: Path = Path("runs/vendor"), world_model=None,
+def export_page(path: Path, weights: Path | None = None, preset=None, *, cache: Path = Path("runs/vendor"), world_model=None,
                 classifier=None, seed: int = 0) -> Path:
-    """Write the page for the networks of folder `weights`; `world_model` and `classifier` replace two of them (an aligned dream).
+    """Write the page for the networks of folder `weights` (None: the shipped ones); `world_model` and `classifier` replace two of them (an aligned dream).
 
     Records trials in the simulator and exports to ONNX, which takes a minute. Raises `UserError` when something is missing."""
     archive = fetch_package(ONNXRUNTIME, cache)
-    parts = Parts(weights, preset or load_preset("tiny_lift"))
+    preset = preset or load_preset("tiny_lift")
+    parts = Parts(weights or shipped_weights(preset), preset)
     world_model, classifier = world_model or parts.world_model(), classifier or parts.classifier()
     if classifier.config.image_size != world_model.config.image_size: raise UserError("the page needs a judge that sees frames at their own size")
     files = {name: to_onnx(module, inputs) for name, (module, inputs) in networks(parts, world_model, classifier).items()}
@@ -307,7 +309,7 @@ def main(argv=None):
                            "wmpo-play --run runs/demo                        # the aligned world model and the judge of a run\n"
                            "wmpo-play --gif nbs/images/dream.gif             # a dream beside reality instead", trains=False)
     parser.add_argument("--run", type=Path, metavar="DIR", help="world model and judge of this run of wmpo-demo")
-    parser.add_argument("--weights", type=Path, default=SHIPPED, metavar="DIR", help="networks (default: the shipped ones)")
+    parser.add_argument("--weights", type=Path, metavar="DIR", help="networks (default: the shipped ones)")
     parser.add_argument("--cache", type=Path, default=Path("runs/vendor"), metavar="DIR", help="for onnxruntime-web (default: %(default)s)")
     parser.add_argument("--gif", type=Path, metavar="FILE", help="write a GIF of four trials in both worlds, and no page")
     args, preset = parse_preset(parser, argv)
@@ -315,7 +317,7 @@ def main(argv=None):
     if args.run: _check_run(args, preset)
     world_model = load_world_model(args.run / "world_model.safetensors", preset.world_model) if args.run else None
     classifier = load_reward(args.run / "reward.safetensors") if args.run else None
-    if args.gif: written = write_gif(args.gif, Parts(args.weights, preset), world_model, classifier, args.seed)
+    if args.gif: written = write_gif(args.gif, Parts(args.weights or shipped_weights(preset), preset), world_model, classifier, args.seed)
     else: written = export_page(args.output / "play.html", args.weights, preset, cache=args.cache, world_model=world_model,
                                 classifier=classifier, seed=args.seed)
     print(f"written: {written} ({written.stat().st_size / 1e6:.1f} MB)")

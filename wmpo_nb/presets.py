@@ -308,7 +308,7 @@ def _tiny_stack() -> Preset:
     task = TaskConfig(name="stack", instruction="stack", horizon=48, placement=0.06, camera_target=place, camera_fovy=18.0,
                       second_camera=((0.0, 0.60, 0.95), place, 18.0))
     return Preset(
-        name="tiny_stack", task=task, pretrain_data=PretrainDataConfig(tasks=("stack",), near_misses=1500, warm_start=True),
+        name="tiny_stack", task=task, pretrain_data=PretrainDataConfig(tasks=("stack",), near_misses=4000, warm_start=True),
         sft=SFTConfig(demonstrations=150, steps=5000, decay_steps=1500),
         vae_training=VAETrainConfig(steps=3000, decay_steps=1500, learning_rate=2e-3),
         pretraining=WorldModelTrainConfig(steps=6000, decay_steps=2000, learning_rate=2.8e-3, muon_learning_rate=0.035),
