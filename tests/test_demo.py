@@ -35,8 +35,7 @@ def test_unknown_preset_field_and_value(capsys, tmp_path):
     assert "grpo.group_size" in message(capsys, "--grpo.group_size", "many", *out)
     assert "grpo.micro_batch must be at least 1, not 0" in message(capsys, "--grpo.micro_batch", "0", *out)
     assert "--seed is 0 to 99" in message(capsys, "--seed", "-1", *out)
-    assert "tiny presets" in message(capsys, "--preset", "coffee_128", *out)
-    assert "--from-scratch makes them" in message(capsys, "--preset", "tiny_stack", *out)
+    for name in ("coffee_128", "tiny_stack_free"): assert "tiny_lift and tiny_stack" in message(capsys, "--preset", name, *out)
     assert not (tmp_path / "run").exists()
 
 

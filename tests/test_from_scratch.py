@@ -3,12 +3,13 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from wmpo_nb import from_scratch
 from wmpo_nb.alignment import load_world_model
 from wmpo_nb.demo import Parts
 from wmpo_nb.from_scratch import JoinedWindows, make_weights, shipped_weights
-from wmpo_nb.presets import load_preset
+from wmpo_nb.presets import UserError, load_preset
 from wmpo_nb.run import Run
 from wmpo_nb.trajectory import read_shards
 from wmpo_nb.vae import load_vae
@@ -29,6 +30,25 @@ def test_what_was_made_can_be_started_from(scratch):
     folder, preset, _ = scratch
     parts = Parts(folder / "weights", preset)
     assert parts.vae.config.scaling_factor != 1.0 and parts.stats.mask.tolist() == [True] * 6 + [False]
+
+
+@pytest.mark.parametrize("name", ["tiny_lift", "tiny_stack"])
+def test_shipped_weights_are_those_of_the_preset(name):
+    preset = load_preset(name)
+    parts = Parts(shipped_weights(preset), preset)
+    assert parts.base.instruction == preset.task.instruction and parts.classifier().config.threshold > 0.3
+
+
+def test_a_task_without_shipped_weights_says_for_which_there_are():
+    with pytest.raises(UserError, match="shipped for lift, stack, not for stack_free: name yours with --policy or --weights"):
+        shipped_weights(load_preset("tiny_stack_free"))
+
+
+def test_weights_are_written_small_enough_to_be_shipped(scratch):
+    types = {path.name: {load_file(path)[key].dtype for key in load_file(path) if load_file(path)[key].ndim > 1}
+             for path in (scratch[0] / "weights").rglob("*.safetensors")}
+    assert types == {"model.safetensors": {torch.bfloat16}, "vae.safetensors": {torch.bfloat16}, "reward.safetensors": {torch.bfloat16},
+                     "world_model.safetensors": {torch.int8}}
 
 
 def test_data_come_from_several_tasks_and_the_right_seeds(scratch):

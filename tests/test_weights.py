@@ -61,6 +61,12 @@ def test_only_trajectories_of_a_folder_of_them_count(tmp_path):
     assert fingerprint(tmp_path) != before
 
 
+def test_others_may_read_weights_as_any_new_file(tmp_path):
+    (tmp_path / "any").touch()
+    save_weights(tmp_path / "weights.safetensors", nn.Linear(2, 2), config={})
+    assert (tmp_path / "weights.safetensors").stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
 def test_bytes(tmp_path):
     "A byte a number: at most half a step off in every row, and a row of zeros stays one."
     torch.manual_seed(0)

@@ -240,7 +240,7 @@ FAST = {"collect.trajectories": 32, "alignment.steps": 60, "grpo.iterations": 2,
 # %% ../nbs/22_demo.ipynb #d4d53692
 def _parser():
     parser = preset_parser("wmpo-demo", "WMPO from real trajectories to the exam in the simulator, on this machine.",
-                           "wmpo-demo\nwmpo-demo --fast --output runs/fast\nwmpo-demo --resume\n"
+                           "wmpo-demo\nwmpo-demo --fast --output runs/fast\nwmpo-demo --resume\nwmpo-demo --preset tiny_stack --output runs/stack\n"
                            "wmpo-demo --from-scratch --output runs/scratch\nwmpo-demo --seed 1 --output runs/seed1 --grpo.iterations 40")
     parser.add_argument("--fast", action="store_true", help="smaller everything: the loop in minutes, numbers without weight")
     parser.add_argument("--from-scratch", action="store_true", help="make all weights first (hours), in OUTPUT/weights: data, policy, VAE, world model, reward")
@@ -269,7 +269,7 @@ def run_demo(run: Run, parts: Parts, cache: Path, workers: int | None = None) ->
 def main(argv=None):
     "Console script `wmpo-demo`."
     args, preset = parse_preset(_parser(), argv, defaults=lambda args: FAST if args.fast else {})
-    if preset.name not in ("tiny_lift", "tiny_stack"): raise UserError(f"the demo runs tiny presets; for {preset.name} use the commands of each stage")
+    if preset.name not in ("tiny_lift", "tiny_stack"): raise UserError(f"the demo runs tiny_lift and tiny_stack; for {preset.name} use the commands of each stage")
     given = list(argv or sys.argv[1:])
     check_rounds(preset)
     choose_gl()

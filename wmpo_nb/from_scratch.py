@@ -34,8 +34,9 @@ def shipped_weights(preset: Preset) -> Path:
     "The folder of the weights that are shipped for the task of `preset`. Raises `UserError` if there are none."
     folder = SHIPPED / preset.task.name
     if folder.is_dir(): return folder
-    raise UserError(f"no weights for {preset.name} are shipped: wmpo-demo --preset {preset.name} --from-scratch makes them (hours), "
-                    f"--output runs/{preset.name}_scratch say; --weights takes their folder")
+    tasks = ", ".join(sorted(path.name for path in SHIPPED.iterdir()))
+    raise UserError(f"weights are shipped for {tasks}, not for {preset.task.name}: name yours with --policy or --weights "
+                    "(wmpo-download gets those of the paper)")
 
 # blocks of 10 000 seeds in the range "pretraining", one for each task and kind of trial
 _BLOCKS = {"lift": 0, "stack": 10}

@@ -29,7 +29,10 @@ def atomic_write(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode            # as any new file's: safetensors would let nobody else read it
         yield temporary
+        os.chmod(temporary, mode)
         fsync(temporary)
         os.replace(temporary, path)
         fsync(path.parent)
