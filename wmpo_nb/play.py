@@ -314,10 +314,11 @@ def main(argv=None):
     parser.add_argument("--gif", type=Path, metavar="FILE", help="write a GIF of four trials in both worlds, and no page")
     args, preset = parse_preset(parser, argv)
     if not preset.name.startswith("tiny"): raise UserError(f"preset {preset.name} is too large for a browser: only the tiny ones are played")
+    args.weights = args.weights or shipped_weights(preset)
     if args.run: _check_run(args, preset)
     world_model = load_world_model(args.run / "world_model.safetensors", preset.world_model) if args.run else None
     classifier = load_reward(args.run / "reward.safetensors") if args.run else None
-    if args.gif: written = write_gif(args.gif, Parts(args.weights or shipped_weights(preset), preset), world_model, classifier, args.seed)
+    if args.gif: written = write_gif(args.gif, Parts(args.weights, preset), world_model, classifier, args.seed)
     else: written = export_page(args.output / "play.html", args.weights, preset, cache=args.cache, world_model=world_model,
                                 classifier=classifier, seed=args.seed)
     print(f"written: {written} ({written.stat().st_size / 1e6:.1f} MB)")
