@@ -393,6 +393,8 @@ ABLATIONS = {
     "other noise": {str(n): {"practice.noise": n} for n in (1, 2)},
     "rounds": {"2": {"collect.rounds": 2}},
     "flow steps": {str(n): {"world_model.flow_steps": n} for n in (1, 2, 5, 10, 30)},
+    "judge": {"strict": {"reward_training.threshold_beta": 0.5}, "fitted": {"reward_training.steps": 300},
+              "fitted, two rounds": {"reward_training.steps": 300, "collect.rounds": 2}},
     "alignment": {"off": {"alignment.steps": 0}},
     "dynamic sampling": {"off": {"grpo.accuracy_low": 0.0, "grpo.accuracy_high": 1.0}},
     "group size": {"4": {"grpo.group_size": 4, "grpo.groups": 16}, "16": {"grpo.group_size": 16, "grpo.groups": 4}},

@@ -210,6 +210,7 @@ class RewardTrainConfig:
     weight_decay: float = 0.01
     warmup_steps: int = 50
     held_out_share: float = 0.25                       # of the trajectories, for F1 and the threshold
+    threshold_beta: float = 1.0                        # the threshold is the one with the best F-beta: below 1, false successes cost more than missed ones
     margin: int = 3                                    # steps before success whose clips are neither positive nor negative
     hard_steps: int = 12                               # steps before that, drawn more often as negatives
     mining: int = 3                                    # negatives drawn for each one kept: the most success-like (1: no choice)

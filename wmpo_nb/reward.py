@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['RELEASED_NAMES', 'NEGATIVE_SHARES', 'RULE', 'resize_and_crop', 'preprocess', 'make_videomae', 'SuccessClassifier',
            'rename_keys', 'write_released_keys', 'read_released_keys', 'score_clips', 'clip_ends', 'trajectory_scores',
-           'decide', 'judge', 'clip_pools', 'clips_at', 'sample_clips', 'augment', 'hardest', 'f1_score',
+           'decide', 'judge', 'clip_pools', 'clips_at', 'sample_clips', 'augment', 'hardest', 'f1_score', 'f_beta',
            'select_threshold', 'calibrate', 'split_trajectories', 'block_named', 'checked_pools', 'mined_clips',
            'clip_terms', 'train_reward', 'save_reward', 'judging', 'load_reward', 'load_pth', 'save_pth', 'check_heads',
            'load_pretrained', 'start_of', 'main']
@@ -214,29 +214,39 @@ def hardest(classifier: SuccessClassifier, pixels: torch.Tensor, positives: int)
     return torch.cat([first, positives + (logits[:, 1] - logits[:, 0]).topk(positives).indices])
 
 # %% ../nbs/14_reward.ipynb #bbfa049c
+def _counts(predicted: torch.Tensor, truth: torch.Tensor) -> tuple:
+    "How many of bool [N] are hits, claims and successes."
+    return int((predicted & truth).sum()), int(predicted.sum()), int(truth.sum())
+
 def f1_score(predicted: torch.Tensor, truth: torch.Tensor) -> dict:
     "f1, precision and recall of bool [N] against bool [N]; 0 where undefined."
-    hits, claims, successes = int((predicted & truth).sum()), int(predicted.sum()), int(truth.sum())
-    return {"f1": 2 * hits / max(claims + successes, 1), "precision": hits / max(claims, 1), "recall": hits / max(successes, 1)}
+    hits, claims, successes = _counts(predicted, truth)
+    return {"f1": f_beta(predicted, truth), "precision": hits / max(claims, 1), "recall": hits / max(successes, 1)}
+
+def f_beta(predicted: torch.Tensor, truth: torch.Tensor, beta: float = 1.0) -> float:
+    "F-beta of bool [N] against bool [N]: a missed success weighs `beta`² times as much as a false one; 0 where undefined."
+    hits, claims, successes = _counts(predicted, truth)
+    return (1 + beta**2) * hits / max(claims + beta**2 * successes, 1e-9)
 
 # %% ../nbs/14_reward.ipynb #41429686
-def select_threshold(peaks: torch.Tensor, truth: torch.Tensor, grid: torch.Tensor | None = None) -> tuple[float, dict]:
-    """Threshold with the best F1 of `peaks >= threshold`, and its scores; `peaks` [N] are the highest clip scores of trajectories.
+def select_threshold(peaks: torch.Tensor, truth: torch.Tensor, beta: float = 1.0,
+                     grid: torch.Tensor | None = None) -> tuple[float, dict]:
+    """Threshold with the best F-`beta` of `peaks >= threshold`, and its f1, precision and recall; `peaks` [N] are the highest clip scores of trajectories.
 
     Many thresholds are often equally good: the middle one is the least likely to be wrong on new data.
     """
     grid = torch.linspace(0.02, 0.98, 49) if grid is None else grid
-    scores = torch.tensor([f1_score(peaks >= threshold, truth)["f1"] for threshold in grid])
+    scores = torch.tensor([f_beta(peaks >= threshold, truth, beta) for threshold in grid])
     best = (scores == scores.max()).nonzero()[:, 0]
     threshold = float(grid[best[len(best) // 2]])
     return threshold, f1_score(peaks >= threshold, truth)
 
 # %% ../nbs/14_reward.ipynb #f603008e
-def calibrate(classifier: SuccessClassifier, batch: TrajectoryBatch) -> dict:
-    "Choose `config.threshold` on held-out trajectories; returns threshold, f1, precision, recall and timing error in steps."
+def calibrate(classifier: SuccessClassifier, batch: TrajectoryBatch, beta: float = 1.0) -> dict:
+    "Choose `config.threshold`, the best F-`beta` on held-out trajectories; returns threshold, f1, precision, recall and timing error in steps."
     ends = clip_ends(batch.frames.shape[1], classifier.config)
     scores = trajectory_scores(classifier, batch.frames, batch.length, ends)
-    threshold, report = select_threshold(scores.amax(1), batch.success)
+    threshold, report = select_threshold(scores.amax(1), batch.success, beta)
     classifier.config = replace(classifier.config, threshold=threshold)
     success, finish_step = decide(scores, ends, batch.length, classifier.config)
     found = success & batch.success
@@ -316,7 +326,7 @@ def train_reward(classifier: SuccessClassifier, batch: TrajectoryBatch, config: 
     training, held_out = (batch[part] for part in parts) if config.steps else (batch, batch)
     pools = checked_pools(training, config, classifier.config.clip_length)
     if config.steps: _fit(classifier, training, pools, config, seed, checkpointer, log)
-    classifier.eval().metrics = calibrate(classifier, held_out)
+    classifier.eval().metrics = calibrate(classifier, held_out, config.threshold_beta)
     if log: log(config.steps, **classifier.metrics)
     return classifier
 
