@@ -18,7 +18,7 @@ from wmpo_nb.demo import Parts, weight_digests
 from wmpo_nb.evaluation import evaluate
 from wmpo_nb.experiments import (ABLATIONS, EXPERIMENTS, KINDS, BranchedDream, Cell, Job, artefact, branch_points, cell_words, cells_of, changed_fields,
                                  check_alike, collate, displaced, disturb, failed_grasps, is_finished, check_kept, job_name, main, matching_demo, only, open_lock, plan, read_json, result_of, run_jobs,
-                                 same_preset, vary, watch_trial, write_json)
+                                 same_preset, spared, vary, watch_trial, write_json)
 from wmpo_nb.from_scratch import shipped_weights
 from wmpo_nb.presets import PRESETS, UserError, load_preset, override, seeds_for
 from wmpo_nb.results import PAGES
@@ -183,6 +183,38 @@ def test_a_result_file_is_extended_and_never_overwritten(tmp_path, capsys):
     assert file.read_bytes() == extended
     write_json(file, read_json(file) | {"made_with": {}})
     with pytest.raises(UserError, match="does not say"): collate(tmp_path / "there", "table1", results, extend=True)
+
+
+def test_a_variant_is_compared_with_table_1_without_making_it_again(tmp_path):
+    root, results, preset = tmp_path / "runs", tmp_path / "results", override(PRESET, "collect.trajectories", "512")
+    outcome = {"states": [0, 3], "success": "0011", "mean_steps": 9.0}
+    cell = lambda method, P: {"cell": f"table1/tiny_lift/P{P or 0}/seed0/{method}", "preset": "tiny_lift", "P": P, "seed": 0, "method": method,
+                              "outcome": outcome, "ledger": {}}
+    weights = {f"the weights {name}": digest for name, digest in weight_digests(LIFT, PRESET).items()}
+    def record(**made_with):
+        known = {"experiment": "table1", "commands": [], "cells": [cell("base", None), cell("wmpo", 512), cell("wmpo", 128), cell("dpo", 512)]}
+        write_json(results / "table1.json", known | {"made_with": {"tiny_lift": weights | made_with}})
+    names = lambda experiment="ablations", *patterns: [job.name.split("/")[-1] for job in spared(only(plan(experiment, preset, [512], [0]), patterns or ["*"]), results, preset, LIFT)]
+    assert {"base", "wmpo"} <= set(names())                                    # no results yet
+    record(**{"--grpo.groups": PRESET.grpo.groups})
+    assert names("ablations", "judge-strict") == ["trajectories", "judge-strict"]
+    assert "wmpo" in names("flow-steps") and "wmpo" in names("table1")         # its dream is looked into; it is itself asked for
+    for other in ({"--grpo.groups": 3}, {"the weights reward.safetensors": "other"}):
+        record(**other)
+        assert {"base", "wmpo"} <= set(names())
+    record(**{"--grpo.groups": PRESET.grpo.groups})
+    name = job_name("ablations", preset, 0, "judge-strict")
+    found = {"experiment": "ablations", "preset": "tiny_lift", "P": 512, "seed": 0, "ablation": "judge", "variant": "strict", "outcome": outcome, "ledger": {}}
+    write_json(root / name / "cell.json", found)
+    write_json(root / name / "weights.json", weight_digests(LIFT, PRESET))
+    collate(root, "ablations", results, extend=True)
+    written = read_json(results / "ablations.json")
+    assert [c["cell"] for c in written["cells"]] == [name, "table1/tiny_lift/P0/seed0/base", "table1/tiny_lift/P512/seed0/wmpo"]
+    assert written["made_with"]["tiny_lift"]["--grpo.groups"] == PRESET.grpo.groups
+    assert "judge strict against WMPO as it is" in (results / "ablations.md").read_text()
+    before = written["cells"]
+    collate(root, "ablations", results, extend=True)
+    assert read_json(results / "ablations.json")["cells"] == before
 
 
 def test_a_cell_is_filled_by_one_process_at_a_time(tmp_path):

@@ -180,6 +180,9 @@ def test_threshold_by_hand():
     # (.2, .3]: 3 hits 1 false alarm = 6/7; (.64, .81]: 2 hits 1 miss = 4/5
     threshold, scores = select_threshold(peaks, truth)
     assert 0.2 < threshold <= 0.3 and scores["f1"] == pytest.approx(6 / 7)
+    # F-0.5: 5/4 * 3 / (4 + 3/4) = 0.79 against 5/4 * 2 / (2 + 3/4) = 0.91: the false alarm costs more
+    threshold, scores = select_threshold(peaks, truth, beta=0.5)
+    assert 0.64 < threshold <= 0.81 and scores["precision"] == 1 and scores["recall"] == pytest.approx(2 / 3)
     threshold, scores = select_threshold(torch.tensor([0.9, 0.8, 0.2, 0.1]), torch.tensor([1, 1, 0, 0]).bool())
     assert threshold == pytest.approx(0.5, abs=0.021) and scores["f1"] == 1          # the middle of (.2, .8]
 
@@ -191,6 +194,16 @@ def test_calibration_is_about_trajectories():
     report = calibrate(classifier, batch)
     assert report["precision"] == pytest.approx(4 / 5) and report["recall"] == 1 and report["finish_error"] == 0
     assert classifier.config.threshold == report["threshold"]
+
+
+def test_a_strict_judge_gives_up_a_success_for_a_false_one():
+    "One success shows so faintly that a failure shows more: F1 counts both, F-0.5 neither."
+    def fitted(beta):
+        batch = trials()
+        batch.frames[0, 14:], batch.frames[1, 20] = 124, 130
+        return train_reward(brightness_classifier(), batch, replace(TRAINING, steps=0, threshold_beta=beta)).metrics
+    assert [fitted(1.0)[name] for name in ("precision", "recall")] == [4 / 5, 1]
+    assert [fitted(0.5)[name] for name in ("precision", "recall")] == [1, 3 / 4]
 
 
 def test_split_is_by_trajectory():
