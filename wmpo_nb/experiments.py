@@ -860,7 +860,7 @@ def _parser():
                            "wmpo-experiment table1 --preset tiny_lift --plan\n"
                            "wmpo-experiment agreement --preset tiny_lift --seeds 0 1 2 --jobs 2\n"
                            "wmpo-experiment flow-steps --seeds 0 --only 'truth-*' flow_steps-1\n"
-                           "wmpo-experiment table1 --seeds 9 --extend\n"
+                           "wmpo-experiment table1 --seeds 10 --extend\n"
                            "wmpo-experiment pages")
     parser.add_argument("experiment", choices=(*EXPERIMENTS, "pages", "cell"), metavar=f"{{{','.join((*EXPERIMENTS, 'pages'))}}}",
                         help="which; `pages` makes all tables and figures again from results/*.json")
