@@ -871,6 +871,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'wmpo_nb.results.truth_markdown': ('results.html#truth_markdown', 'wmpo_nb/results.py'),
                                  'wmpo_nb.results.truth_row': ('results.html#truth_row', 'wmpo_nb/results.py'),
                                  'wmpo_nb.results.variants_text': ('results.html#variants_text', 'wmpo_nb/results.py'),
+                                 'wmpo_nb.results.verdict': ('results.html#verdict', 'wmpo_nb/results.py'),
                                  'wmpo_nb.results.verdicts': ('results.html#verdicts', 'wmpo_nb/results.py'),
                                  'wmpo_nb.results.without_covered': ('results.html#without_covered', 'wmpo_nb/results.py'),
                                  'wmpo_nb.results.write_pages': ('results.html#write_pages', 'wmpo_nb/results.py')},
