@@ -9,11 +9,13 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from helpers import refusal
 from wmpo_nb import demo
-from wmpo_nb.demo import TRAINED, iterations_of, main, practice_log, practise, share, weight_digests
+from wmpo_nb.demo import TRAINED, Parts, iterations_of, main, practice_log, practise, share, weight_digests
 from wmpo_nb.from_scratch import shipped_weights
+from wmpo_nb.policy import add_adapters
 from wmpo_nb.presets import GRPOConfig, load_preset
 from wmpo_nb.run import Run
 
@@ -72,6 +74,23 @@ def test_rounds_and_repeats_practise_with_dice_of_their_own(tmp_path, monkeypatc
         practise(run, SimpleNamespace(save_pretrained=lambda path: None), None, [], **options)
         run.close()
     assert thrown[0] == 7 and len(set(thrown)) == 5
+
+
+def test_adapters_are_merged_between_rounds(tmp_path, monkeypatch):
+    "What the next round begins with must not depend on whether the run was interrupted between the two."
+    def learn(policy, *_, **__):
+        add_adapters(policy, 2)
+        for name, parameter in policy.named_parameters():
+            if parameter.requires_grad: torch.nn.init.normal_(parameter, std=0.1)
+    preset, parts = load_preset("tiny_lift", {"grpo.lora_rank": "2"}), Parts(LIFT, load_preset("tiny_lift"))
+    monkeypatch.setattr(demo, "train_wmpo", learn)
+    run = Run(tmp_path, preset, "test", 0)
+    unbroken = practise(run, parts.policy(), None, [])
+    resumed = practise(run, parts.policy(), None, [])
+    before, after, base = (policy.state_dict() for policy in (unbroken, resumed, parts.base))
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert any(not torch.equal(before[key], base[key]) for key in base)
+    run.close()
 
 
 @pytest.fixture(scope="module")
@@ -145,5 +164,7 @@ def test_rounds_practise_whole_means_if_there_are_enough():
 
 def test_rounds_need_something_to_do(capsys, tmp_path):
     assert "collect.rounds must be at least 1" in message(capsys, "--collect.rounds", "0", "--output", str(tmp_path / "run"))
+    assert "must be above 0" in message(capsys, "--collect.temperature", "0", "--output", str(tmp_path / "run"))
+    assert "replay_share needs" in message(capsys, "--alignment.replay_share", "0.5", "--output", str(tmp_path / "run"))
     assert "collect.rounds is 3" in message(capsys, "--collect.rounds", "3", "--grpo.iterations", "2", "--output", str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

@@ -20,6 +20,7 @@ from wmpo_nb.experiments import (ABLATIONS, EXPERIMENTS, KINDS, BranchedDream, C
                                  check_alike, collate, displaced, disturb, failed_grasps, is_finished, check_kept, job_name, main, matching_demo, only, open_lock, plan, read_json, result_of, run_jobs,
                                  same_preset, spared, vary, watch_trial, write_json)
 from wmpo_nb.from_scratch import shipped_weights
+from wmpo_nb.grpo import keep_groups
 from wmpo_nb.presets import PRESETS, UserError, load_preset, override, seeds_for
 from wmpo_nb.results import PAGES
 from wmpo_nb.simulator import Simulator
@@ -65,6 +66,8 @@ def test_variants_change_what_they_say():
     for variants in (ABLATIONS["group size"],):                       # as many trajectories per iteration, cut otherwise
         for changes in variants.values():
             changed = vary(PRESET, changes)[0].grpo
+            every = torch.arange(changed.group_size) < torch.arange(changed.group_size + 1)[:, None]       # from no success to nothing else
+            assert keep_groups(every, changed.accuracy_low, changed.accuracy_high).tolist() == [False] + [True] * (changed.group_size - 1) + [False]
             assert changed.groups * changed.group_size == PRESET.grpo.groups * PRESET.grpo.group_size
     same, options = vary(PRESET, ABLATIONS["temperature"]["1.6"])
     assert same == PRESET and options == {"temperature": 1.6}          # the P trajectories stay what they are
@@ -183,6 +186,29 @@ def test_a_result_file_is_extended_and_never_overwritten(tmp_path, capsys):
     assert file.read_bytes() == extended
     write_json(file, read_json(file) | {"made_with": {}})
     with pytest.raises(UserError, match="does not say"): collate(tmp_path / "there", "table1", results, extend=True)
+
+
+def test_settings_newer_than_a_result_file_were_at_their_defaults(tmp_path, capsys):
+    "A file from before a field existed takes cells with its default and no others, and says so before anything is started."
+    results, old = tmp_path / "results", {f"--{stage}.{name}": value for stage, fields in PRESET.to_dict().items() if isinstance(fields, dict)
+                                          for name, value in fields.items() if stage in ("grpo", "reward_training")}
+    del old["--reward_training.threshold_beta"]
+    cell = {"cell": job_name("table1", PRESET, 0, "base"), "preset": "tiny_lift", "P": None, "seed": 0, "method": "base", "ledger": {}, "outcome": {"states": [0, 1], "success": "01", "mean_steps": 9.0}}
+    weights = {f"the weights {name}": digest for name, digest in weight_digests(LIFT, PRESET).items()}
+    write_json(results / "table1.json", {"experiment": "table1", "commands": [], "cells": [cell], "made_with": {"tiny_lift": weights | old}})
+    def add(**changes):
+        name, preset = job_name("table1", PRESET, 1, "wmpo"), load_preset("tiny_lift", changes)
+        write_json(tmp_path / "runs" / name / "cell.json", cell | {"cell": name, "seed": 1, "P": 128, "method": "wmpo"})
+        write_json(tmp_path / "runs" / name / "config.json", {"preset": preset.to_dict()})
+        write_json(tmp_path / "runs" / name / "weights.json", weight_digests(LIFT, PRESET))
+    add(**{"reward_training.threshold_beta": "0.5"})
+    with pytest.raises(UserError, match="--reward_training.threshold_beta"): collate(tmp_path / "runs", "table1", results, extend=True)
+    add()
+    collate(tmp_path / "runs", "table1", results, extend=True)
+    assert read_json(results / "table1.json")["made_with"]["tiny_lift"]["--reward_training.threshold_beta"] == 1.0
+    for changes in (("--reward_training.threshold_beta", "0.5"), ("--grpo.iterations", "3")):
+        said = message(capsys, "table1", "--seeds", "2", "--extend", "--output", str(tmp_path / "other"), "--results", str(results), *changes)
+        assert changes[0] in said and "differ" in said and not (tmp_path / "other").exists()
 
 
 def test_a_variant_is_compared_with_table_1_without_making_it_again(tmp_path):

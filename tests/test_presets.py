@@ -72,6 +72,7 @@ def test_every_preset_would_accept_its_own_numbers():
     ({"grpo.learning_rate": "NaN"}, "finite"),
     ({"alignment.replay_share": "2"}, "at most 1"),
     ({"reward_training.mining": "0"}, "at least 1"),
+    ({"reward.first_clip_end": "40"}, "first clip ends with frame 40 .* has 33 frames"),
 ])
 def test_numbers_that_contradict_each_other_are_refused(overrides, message):
     with pytest.raises(UserError, match=message): load_preset("tiny_lift", overrides)

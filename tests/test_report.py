@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from wmpo_nb.evaluation import Evaluation
-from wmpo_nb.presets import UserError
+from wmpo_nb.presets import UserError, load_preset
 from wmpo_nb.report import (caveats, in_words, line_chart, load_record, main, nice_ticks, page, pooled, results_markdown, save_record,
                             summary, write_report, write_results)
 
@@ -227,6 +227,14 @@ def test_it_says_which_policy_the_dream_chose(seeds, tmp_path):
                                                 ("config", {"collect": {"trajectories": 512}}, "different settings"), ("weights", {"vae": "5e1f"}, "different weights")])
 def test_runs_that_do_not_belong_together(seeds, field, value, word):
     with pytest.raises(UserError, match=word): pooled([seeds[0], seeds[1] | {field: value}])
+
+
+def test_runs_of_before_and_after_a_field_was_added_belong_together(seeds):
+    config = load_preset("tiny_lift").to_dict()
+    older = config | {"grpo": {name: value for name, value in config["grpo"].items() if name != "clip_low"}}
+    assert pooled([seeds[0] | {"config": older}, seeds[1] | {"config": config}])["base"]["n"] == 80
+    other = config | {"grpo": config["grpo"] | {"clip_low": 0.1}}
+    with pytest.raises(UserError, match="different settings"): pooled([seeds[0] | {"config": older}, seeds[1] | {"config": other}])
 
 
 def test_results_keep_what_was_written_by_hand(seeds, tmp_path):

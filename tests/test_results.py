@@ -9,7 +9,7 @@ import torch
 
 from wmpo_nb.evaluation import (Evaluation, calibration, chunk_psnr, departures, spearman, ssim, ssim_by_frame, verdict_flips, wilson)
 from wmpo_nb.presets import UserError
-from wmpo_nb.results import (_in_order, PAPER_TABLE1, best_baseline, checkpoint_correlation, compare, gained_groups, gained_markdown, holm, lifelong_comparisons, outcome, page_markdown, paper_table1,
+from wmpo_nb.results import (_in_order, PAPER_TABLE1, best_baseline, checkpoint_correlation, compare, disruptions_figure, gained_groups, gained_markdown, holm, lifelong_comparisons, lifelong_figure, noise_figure, outcome, page_markdown, paper_table1,
                              pooled_rate, read_result, recoveries_markdown, relative_steps, seeds_lines, select, table1_comparisons, table1_rows, truth_row,
                              variants_text, verdicts, without_covered, write_pages)
 from wmpo_nb.trajectory import TrajectoryBatch
@@ -61,6 +61,17 @@ def test_what_was_chosen_is_said():
     cells = [*CELLS[:3], cell("dpo", "1" * 8, 1, variants={"0.01": {}, "chosen": "0.01"}), cell("dpo", "1" * 8, 0, variants={"0.03": {}, "chosen": "0.03"})]
     assert variants_text(cells, "tiny_lift", 128) == "Chosen on selection states: DPO: 0.03, 0.01 (of 0.03, 0.01)."
     assert variants_text(CELLS, "tiny_lift", 128) == ""
+
+
+def test_figures_do_not_pool_what_differs():
+    "Presets and budgets have axes, or curves, of their own."
+    both = lambda cells: cells + [c | {"preset": "tiny_stack"} for c in cells] + [c | {"P": 512} for c in cells]
+    disrupted = [cell(m, "1100", 0) | {"P": 128, "disruption": d} for m in ("base", "wmpo") for d in ("none", "position")]
+    rounds = [cell("wmpo", "1100", 0) | {"P": 128, "round": r} for r in (0, 1)]
+    curves = [{"preset": "tiny_lift", "P": 128, "seed": 0, "noise": n, "psnr": [None, 20.0], "ssim": [None, 0.9], "chunk": 1} for n in (0, 50)]
+    titles = lambda figure: [ax.get_title() for ax in figure.axes]
+    assert [len(titles(make(both(cells)))) for make, cells in ((disruptions_figure, disrupted), (lifelong_figure, rounds), (noise_figure, curves))] == [3, 3, 6]
+    assert titles(disruptions_figure(both(disrupted))) == ["tiny_lift, P = 128", "tiny_lift, P = 512", "tiny_stack, P = 128"]
 
 
 def test_what_is_not_significant_is_said():

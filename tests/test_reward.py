@@ -368,6 +368,8 @@ def test_the_rule_can_be_set_and_the_network_cannot(tmp_path):
     assert load_reward(path, preset=preset).config == classifier.config
     told = load_preset("tiny_lift", {"reward.threshold": "0.9", "reward.last_clip_counts": "false"})
     assert load_reward(path, preset=told).config == replace(classifier.config, threshold=0.9, last_clip_counts=False)
+    usual = load_preset("tiny_lift", {"reward.threshold": "0.5"})                   # the preset's own value, and somebody asked for it
+    assert load_reward(path, preset=usual).config.threshold == 0.5
     with pytest.raises(UserError, match="without --reward.num_layers 3"): load_reward(path, preset=load_preset("tiny_lift", {"reward.num_layers": "3"}))
 
 

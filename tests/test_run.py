@@ -5,13 +5,14 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from torch import nn
 
 from wmpo_nb.presets import UserError, load_preset
-from wmpo_nb.run import Checkpointer, Ledger, Run, command, open_run, parse_preset, preset_parser, read_metrics
+from wmpo_nb.run import Checkpointer, Ledger, Run, Stopped, command, open_run, parse_preset, preset_parser, read_metrics
 
 TRAIN = """
 import random, sys
@@ -181,6 +182,17 @@ def test_an_interrupted_stage_is_not_booked(tmp_path):
         run.ledger.add(real_trajectories=3)
         raise KeyboardInterrupt
     assert Run(tmp_path, run.preset, "wmpo-collect", resume=True).ledger.real_trajectories == 0
+
+
+def test_a_stage_that_is_told_to_stop_has_cost_its_time(tmp_path):
+    run = Run(tmp_path, load_preset("tiny_lift"), "wmpo-sft")
+    with pytest.raises(Stopped), run.stage("sft"):
+        time.sleep(0.2)
+        raise Stopped("told to")
+    again = Run(tmp_path, run.preset, "wmpo-sft", resume=True)
+    assert again.ledger.seconds["sft"] >= 0.2
+    with again.stage("sft"): time.sleep(0.2)
+    assert Run(tmp_path, run.preset, "wmpo-sft", resume=True).ledger.seconds["sft"] >= 0.4
 
 
 @pytest.mark.parametrize("arguments, message", [

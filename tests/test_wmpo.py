@@ -10,7 +10,7 @@ import torch
 from helpers import SMALL, STATS
 from wmpo_nb.policy import OpenVLAOFT
 from wmpo_nb.presets import GRPOConfig, Preset, UserError
-from wmpo_nb.run import Checkpointer, Run, Stopped, heed_sigterm, told_to_stop
+from wmpo_nb.run import Checkpointer, Run, Stopped, heed_sigterm, read_metrics, told_to_stop
 from wmpo_nb.training import make_optimizer
 from wmpo_nb.trajectory import InitialState, rollout, write_shard
 from wmpo_nb.wmpo import (NothingToLearn, draw_states, dream_starts, forward_passes, gather, main, mix_seed, token_statistics,
@@ -371,12 +371,25 @@ def test_a_policy_that_has_learned_all_there_is_is_written(capsys, monkeypatch, 
     out, error = capsys.readouterr()
     assert ("practice ends early: " in out, "calls everything success" in out + error) == (bool(iterations), True)
     assert (tmp_path / "out/policy").exists() == bool(iterations)
+    # trials without a lesson are spent too: both draws of the last iteration
+    spent = json.loads((tmp_path / "out/ledger.json").read_text())["imagined_frames"] if iterations else 0
+    logged = sum(entry["frames"] for entry in read_metrics(tmp_path / "out"))
+    assert not iterations or spent - logged == 2 * 8 * 8 * 16
     if iterations: assert not torch.equal(weights(OpenVLAOFT.from_pretrained(tmp_path / "out/policy")), weights(new_policy()))
 
 
 def test_command_says_which_part_of_the_dream_is_missing(capsys, tmp_path):
     assert main([*arguments(tmp_path), "--world-model", "w.safetensors"]) == 2
     assert "needs --vae" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_what_practice_cannot_do_is_said_at_once(capsys, tmp_path):
+    words = arguments(tmp_path)
+    assert main([*words, "--world", "simulator", "--collect.temperature", "0"]) == 2
+    assert "must be above 0" in capsys.readouterr().err
+    assert main([*words[:3], str(tmp_path), *words[4:], "--world", "simulator"]) == 2         # would write over the policy it starts from
+    assert "where the result will be written" in capsys.readouterr().err and (tmp_path / "policy/model.safetensors").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_starts_of_the_same_number_are_told_apart(tmp_path):

@@ -28,7 +28,7 @@ from .training import clip_gradients, naming_checkpoint
 from .weights import atomic_write
 from .simulator import Simulator
 from .trajectory import InitialState, TrajectoryBatch
-from .wmpo import NothingToLearn, gather, go_back, mix_seed, refuse_accumulate, token_statistics, try_states, update
+from .wmpo import NothingToLearn, gather, go_back, mix_seed, refuse_accumulate, refuse_greedy, token_statistics, try_states, update
 
 # %% ../nbs/28_baselines.ipynb #f2110a02
 def affordable(config: GRPOConfig, left: int) -> GRPOConfig | None:
@@ -305,6 +305,7 @@ def main(argv=None):
     if args.epochs < 1 or args.beta <= 0: raise UserError(f"--epochs and --beta must be positive, not {args.epochs} and {args.beta}")
     if min(args.rates) <= 0 or len(set(args.rates)) < len(args.rates): raise UserError(f"--rates must be positive and different: {args.rates}")
     refuse_accumulate(args)
+    refuse_greedy(preset)
     if args.selection < 1: raise UserError(f"--selection must be at least 1, not {args.selection}")
     if preset.collect.trajectories < preset.grpo.group_size:
         raise UserError(f"a budget of {preset.collect.trajectories} trials is less than one group of {preset.grpo.group_size}")

@@ -16,7 +16,7 @@ from typing import Callable
 import torch
 
 # %% ../nbs/22_demo.ipynb #9988dab4
-from .alignment import align, encode_windows, load_world_model, save_world_model
+from .alignment import align, encode_windows, load_world_model, refuse_replay, save_world_model
 from .collect import collect
 from .dream import Dream
 from .evaluation import Evaluation, agreement, evaluate, replay, success_table
@@ -30,7 +30,7 @@ from .weights import atomic_write
 from .simulator import Simulator, choose_gl
 from .trajectory import InitialState, TrajectoryBatch, rollout
 from .vae import load_vae, reconstruct_batch
-from .wmpo import NothingToLearn, first_frames, mix_seed, train_wmpo
+from .wmpo import NothingToLearn, first_frames, mix_seed, refuse_greedy, train_wmpo
 
 # %% ../nbs/22_demo.ipynb #47fc7504
 class Parts:
@@ -105,12 +105,15 @@ def practise(run: Run, policy, dream: Dream, states: list[InitialState], *, numb
     with run.stage("grpo"):
         try: train_wmpo(policy, dream, states, config, chunks=chunks or run.preset.task.chunks, seed=seed, run=run,
                         temperature=temperature or run.preset.collect.temperature, log=log, checkpointer=stage_checkpoints(run, "grpo", config))
-        except NothingToLearn as reason: print(f"practice ends early: {reason}")
+        except NothingToLearn as reason:
+            run.ledger.add(imagined_frames=reason.numbers["frames"])
+            print(f"practice ends early: {reason}")
     if Simulator.steps != before: raise RuntimeError("the simulator moved while the policy was dreaming")
     run.ledger.real_initial_frames = len(states)       # set, not added: a later round begins at the earlier ones' first frames too
     policy.save_pretrained(run.folder / "policy")
     run.done("grpo")
-    return policy
+    # with adapters merged, as a resumed run will find it: the next round's trials are named after these weights
+    return OpenVLAOFT.from_pretrained(run.folder / "policy") if config.lora_rank else policy
 
 # %% ../nbs/22_demo.ipynb #099cd3c8
 def share(total: int, rounds: int, number: int) -> int:
@@ -136,7 +139,9 @@ def one_round(run: Run, parts: Parts, policy, batch: TrajectoryBatch, *, begin: 
 
 # %% ../nbs/22_demo.ipynb #86c1d8fa
 def check_rounds(preset: Preset):
-    "Raise `UserError` if a round would have nothing to do."
+    "Raise `UserError` if a round would have nothing to do, or could not do it."
+    refuse_greedy(preset)
+    refuse_replay(preset)
     if preset.collect.rounds > min(preset.collect.trajectories, preset.grpo.iterations):
         raise UserError(f"collect.rounds is {preset.collect.rounds}: each round needs a trajectory and an iteration")
 

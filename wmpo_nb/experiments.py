@@ -40,7 +40,7 @@ from .from_scratch import make_demonstrations, shipped_weights, stage_checkpoint
 from .policy import OpenVLAOFT
 
 # %% ../nbs/31_experiments.ipynb #e0692e49
-from .presets import Preset, STDiTConfig, UserError, load_preset, override, seeds_for
+from .presets import Preset, STDiTConfig, UserError, completed, load_preset, override, seeds_for
 from .results import outcome, read_result, write_pages
 from .reward import clip_ends, f1_score, judge, load_reward, trajectory_scores
 from .run import Run, command, heed_sigterm, parse_preset, preset_parser, progress, stop_if_asked
@@ -71,11 +71,11 @@ def job_name(experiment: str, preset: Preset, seed: int, method: str) -> str:
 
 # %% ../nbs/31_experiments.ipynb #b6e69a31
 def changed_fields(preset: Preset) -> list[str]:
-    "`--STAGE.FIELD VALUE` words that turn the preset of that name into `preset`."
+    "`--STAGE.FIELD VALUE` words that turn the preset of that name into `preset`, or that somebody gave."
     words, plain = [], load_preset(preset.name).to_dict()
     for stage, fields in preset.to_dict().items():
         for name, value in fields.items() if isinstance(fields, dict) else ():
-            if value != plain[stage][name]: words += [f"--{stage}.{name}", value if isinstance(value, str) else json.dumps(value)]
+            if value != plain[stage][name] or f"{stage}.{name}" in preset.given: words += [f"--{stage}.{name}", value if isinstance(value, str) else json.dumps(value)]
     return words
 
 # %% ../nbs/31_experiments.ipynb #ff6526a3
@@ -97,9 +97,8 @@ def same_preset(recorded: dict, preset: Preset, stages: tuple | None = None) -> 
     Without `stages`: in all but those that only made the weights which every cell is given."""
     wanted = preset.to_dict()
     compared = stages or [stage for stage in wanted if stage not in ("name", "source", *MAKES_WEIGHTS)]
-    return all(_filled(recorded, stage) == wanted[stage] for stage in compared)
+    return all(completed(recorded)[stage] == wanted[stage] for stage in compared)
 
-def _filled(recorded: dict, stage: str) -> dict: return load_preset(recorded["name"]).to_dict()[stage] | recorded.get(stage, {})
 
 # %% ../nbs/31_experiments.ipynb #96d29fe6
 def cell_line(job: Job) -> str:
@@ -397,7 +396,7 @@ ABLATIONS = {
               "fitted, two rounds": {"reward_training.steps": 300, "collect.rounds": 2}},
     "alignment": {"off": {"alignment.steps": 0}},
     "dynamic sampling": {"off": {"grpo.accuracy_low": 0.0, "grpo.accuracy_high": 1.0}},
-    "group size": {"4": {"grpo.group_size": 4, "grpo.groups": 16}, "16": {"grpo.group_size": 16, "grpo.groups": 4}},
+    "group size": {"4": {"grpo.group_size": 4, "grpo.groups": 16}, "16": {"grpo.group_size": 16, "grpo.groups": 4, "grpo.accuracy_low": 0.05, "grpo.accuracy_high": 0.95}},     # all but 0 and 16 of 16
     "temperature": {str(t): {"practice.temperature": t} for t in (0.4, 1.0, 1.6)},
     "horizon": {"2 chunks": {"practice.chunks": 2}},
 }
@@ -737,8 +736,8 @@ WEIGHTS = "the weights "
 
 def settings_of(recorded: dict) -> dict:
     "By name: the settings of a recorded preset, all but the budget and those that only made the weights."
-    stages = [stage for stage in load_preset(recorded["name"]).to_dict() if stage not in ("name", "source", *MAKES_WEIGHTS)]
-    facts = {f"--{stage}.{field}": value for stage in stages for field, value in _filled(recorded, stage).items()}
+    facts = {f"--{stage}.{field}": value for stage, values in completed(recorded).items() if isinstance(values, dict) and stage not in MAKES_WEIGHTS
+             for field, value in values.items()}
     del facts["--collect.trajectories"]
     return facts
 
@@ -756,17 +755,26 @@ def _recorded(path: Path | None) -> dict:
     return {"cells": [], "commands": [], "made_with": {}} | (found or {})
 
 # %% ../nbs/31_experiments.ipynb #c2f0d6a8
-def check_alike(root: Path, experiment: str, extend: Path | None = None) -> dict[str, dict]:
+def _facts(preset: str, made_with: dict) -> dict:
+    "What a result file says its cells of `preset` rest on; settings newer than the file were at their defaults."
+    return (settings_of({"name": preset}) if any(name.startswith("--") for name in made_with) else {}) | made_with
+
+
+def check_alike(root: Path, experiment: str, extend: Path | None = None, jobs: list[Job] = (), weights: Path | None = None) -> dict[str, dict]:
     """What all cells that would stand on one page rest on, by preset. Raises `UserError` if two differ, among them those of the result
-    file `extend`, whose cells stay on the page."""
+    file `extend`, whose cells stay on the page, and those that `jobs` would make from `weights`."""
     old = _recorded(extend)
-    known = {preset: {name: (extend, value) for name, value in facts.items()} for preset, facts in old["made_with"].items()}
+    known = {preset: {name: (extend, value) for name, value in _facts(preset, facts).items()} for preset, facts in old["made_with"].items()}
     kept = {c["preset"] for c in old["cells"]}
-    for folder in sorted(path.parent for name in {experiment, "table1"} for path in (root / name).glob("*/P*/seed*/*/cell.json")):
-        page, preset = folder.relative_to(root).parts[:2]
+    folders = sorted(path.parent for name in {experiment, "table1"} for path in (root / name).glob("*/P*/seed*/*/cell.json"))
+    made = [(folder, rests_on(folder, folder.relative_to(root).parts[0] == "table1")) for folder in folders]
+    made += [(root / job.name, {WEIGHTS + name: digest for name, digest in given_weights(job, weights).items()}
+              | (settings_of(job.preset.to_dict()) if job.name.startswith("table1/") else {})) for job in jobs]
+    for folder, facts in made:
+        preset = folder.relative_to(root).parts[1]
         if preset in kept and not any(name.startswith(WEIGHTS) for name in old["made_with"].get(preset, ())):
             raise UserError(f"{extend} does not say from which weights its cells of {preset} were made: choose another --results")
-        for name, value in rests_on(folder, page == "table1").items():
+        for name, value in facts.items():
             first, expected = known.setdefault(preset, {}).setdefault(name, (folder, value))
             if value != expected: raise UserError(f"{first} and {folder} differ in {name}: not to be put into one table. Delete one, or choose another --output")
     return {preset: {name: value for name, (_, value) in facts.items()} for preset, facts in known.items()}
@@ -783,7 +791,7 @@ def known_cells(results: Path, made_with: dict[str, dict]) -> list[dict]:
     "The cells of `results/table1.json` that rest on what `made_with` says, weights and settings by preset."
     old, alike = _recorded(results / "table1.json"), set()
     for name in made_with.keys() & old["made_with"].keys():
-        was = settings_of({"name": name}) | old["made_with"][name]             # fields newer than the file were at their defaults
+        was = _facts(name, old["made_with"][name])
         if all(was.get(fact) == value for fact, value in made_with[name].items()): alike.add(name)
     return [c for c in old["cells"] if c["preset"] in alike]
 
@@ -810,7 +818,7 @@ def collate(root: Path, experiment: str, results: Path, extend: bool = False) ->
     if extend and experiment in COMPARED:
         have, table1 = {c.get("cell") for c in cells}, _recorded(results / "table1.json")["made_with"]
         found = [c for c in beside(cells, known_cells(results, made_with)) if c["cell"] not in have]
-        cells, new["made_with"] = cells + found, made_with | {c["preset"]: table1[c["preset"]] | made_with[c["preset"]] for c in found}
+        cells, new["made_with"] = cells + found, made_with | {c["preset"]: _facts(c["preset"], table1[c["preset"]]) | made_with[c["preset"]] for c in found}
     cells.sort(key=lambda c: c.get("cell", ""))
     commands = [*old["commands"], *(line for line in new["commands"] if line not in old["commands"])]
     write_json(path, old | new | {"commands": commands, "cells": cells})
@@ -840,7 +848,6 @@ def open_lock(folder: Path):
 # %% ../nbs/31_experiments.ipynb #1f9d3b58
 def run_cell(args, preset: Preset):
     "Fill one cell and write its record, last of all."
-    since = time.perf_counter()
     lock = open_lock(args.output / args.name)                   # held until the process ends
     torch.set_num_threads(1)                                    # as many cells as cores: more threads would only get in each other's way
     job = Job(args.name, args.kind, preset, args.seed, json.loads(args.options))
@@ -848,7 +855,7 @@ def run_cell(args, preset: Preset):
     cell = Cell(job, args.output, args.weights, args.cache, tuple(args.demo or ()), args.keep, args.log_with)
     experiment, found = job.name.split("/")[0], KINDS[job.kind](cell)
     record = {"experiment": experiment, "preset": preset.name, "P": preset.collect.trajectories, "seed": job.seed,
-              "ledger": cell.run.ledger.state_dict(), "minutes": round((time.perf_counter() - since) / 60, 2)}
+              "ledger": cell.run.ledger.state_dict(), "minutes": round(sum(cell.run.ledger.seconds.values()) / 60, 2)}
     cell.run.close()
     write_json(cell.folder / "cell.json", record | found)
     lock.close()
@@ -884,8 +891,8 @@ def _check(args, preset: Preset, jobs: list[Job]):
     if len(set(args.seeds)) < len(args.seeds) or not set(args.seeds) <= set(range(100)): raise UserError(f"--seeds must be different, from 0 to 99: {args.seeds}")
     if args.seed: raise UserError(f"--seed is not for experiments, which run several: --seeds {args.seed}")
     path = args.results / f"{args.experiment}.json"
-    check_alike(args.output, args.experiment, path if args.extend else None)
     if not args.extend: check_kept(path, args.output, jobs)
+    check_alike(args.output, args.experiment, path if args.extend else None, jobs, args.weights)
     for demo in args.demo or []:
         if not (demo / "record.json").exists(): raise UserError(f"{demo} is not a finished run of wmpo-demo")
     choose_gl()

@@ -612,7 +612,7 @@ def check_config(folder: Path, preset: Preset):
         raise UserError(f"the policy in {folder} was taught '{instruction}', and the instruction of {preset.name} is '{preset.task.instruction}': "
                         f"name its --preset, or add --task.instruction '{instruction}'")
     wanted = asdict(preset.policy)
-    other = [f"--policy.{name} {value!r}" for name, value in asdict(config).items() if value != wanted[name]]
+    other = [f"--policy.{name} {json.dumps(value)}" for name, value in asdict(config).items() if value != wanted[name]]
     if other: raise UserError(f"the policy in {folder} is not of {preset.name}'s kind: add {' '.join(other)}")
 
 

@@ -4,8 +4,8 @@
 __all__ = ['PAPER_TASKS', 'PAPER_VALUES', 'PRESETS', 'OTHER_DIFFERENCES', 'SEED_RANGES', 'TaskConfig', 'VAEConfig', 'STDiTConfig',
            'WorldModelConfig', 'PolicyConfig', 'RewardConfig', 'CollectConfig', 'SFTConfig', 'VAETrainConfig',
            'WorldModelTrainConfig', 'RewardTrainConfig', 'GRPOConfig', 'EvaluationConfig', 'PretrainDataConfig',
-           'Preset', 'UserError', 'load_preset', 'as_tuples', 'override', 'differences', 'differences_page',
-           'seeds_for']
+           'Preset', 'UserError', 'load_preset', 'completed', 'as_tuples', 'override', 'differences',
+           'differences_page', 'seeds_for']
 
 # %% ../nbs/00_presets.ipynb #bd0249cd
 import dataclasses, difflib, json, math
@@ -294,12 +294,14 @@ class Preset:
     reward_training: RewardTrainConfig = field(default_factory=lambda: RewardTrainConfig(steps=0, learning_rate=2e-4, decay_steps=150))
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    given: tuple = field(default=(), compare=False)    # the fields that somebody named, `stage.field`, whatever value they gave them
 
 # %% ../nbs/00_presets.ipynb #16896c39
 @patch
 def to_dict(self: Preset) -> dict:
     "Plain nested dictionary, for `config.json`."
     record = json.loads(json.dumps(dataclasses.asdict(self)))
+    del record["given"]
     if self.source == "ours": del record["source"]     # runs made before the field existed can still be resumed
     return record
 
@@ -411,6 +413,10 @@ def _check_consistent(preset: Preset):
         raise UserError(f"a chunk has {chunk} actions for the task, {model} for the world model and {policy} for the policy: "
                         "set task.chunk_size, world_model.chunk_size and policy.chunk_size alike")
     if preset.task.horizon % chunk: raise UserError(f"task.horizon {preset.task.horizon} is not a whole number of chunks of {chunk}")
+    first = max(preset.reward.first_clip_end, preset.reward.clip_length)
+    if first > preset.task.horizon + 1:
+        raise UserError(f"the judge's first clip ends with frame {first} (reward.first_clip_end, reward.clip_length), and a trial of task.horizon "
+                        f"{preset.task.horizon} has {preset.task.horizon + 1} frames")
 
 def load_preset(name: str, overrides: dict | None = None) -> Preset:
     "Preset `name` with `overrides` such as `{'grpo.group_size': '4'}`. Raises `UserError` on an unknown name, field or value."
@@ -420,7 +426,13 @@ def load_preset(name: str, overrides: dict | None = None) -> Preset:
     for key, text in (overrides or {}).items():
         preset = override(preset, key, text)
     _check_consistent(preset)
-    return preset
+    return replace(preset, given=tuple(overrides or ()))
+
+
+def completed(recorded: dict) -> dict:
+    "A preset as `to_dict` recorded it, with fields that are newer than the record at their defaults."
+    usual = PRESETS[recorded["name"]]().to_dict()
+    return {key: value | recorded.get(key, {}) if isinstance(value, dict) else recorded.get(key, value) for key, value in usual.items()}
 
 # %% ../nbs/00_presets.ipynb #9880e219
 def as_tuples(value):
@@ -493,7 +505,7 @@ OTHER_DIFFERENCES = (
 # %% ../nbs/00_presets.ipynb #5f15849d
 # the same, of what is done rather than set
 OTHER_DIFFERENCES += (
-    ("first latent of a dream", "-", "drawn from the encoder's distribution", "its mode"),
+    ("latents, in training and at a dream's start", "-", "drawn from the encoder's distribution", "its mode"),
     ("groups beyond those wanted", "-", "thrown away", "wait for the next iteration"),
     ("an iteration short of groups", "repeated", "repeated until there are 64", "goes on with fewer after `grpo.max_draws` draws"),
     ("epsilon of AdamW", "-", "1e-15 in the world model", "PyTorch's 1e-8"),

@@ -18,7 +18,7 @@ import torch
 
 # %% ../nbs/19_report.ipynb #576378d1
 from .evaluation import Agreement, Evaluation, mcnemar, over_trainings, paired_difference
-from .presets import UserError
+from .presets import UserError, completed
 from .run import command
 from .weights import atomic_write
 
@@ -448,6 +448,7 @@ def pooled(records: list[dict]) -> dict:
     presets, seeds = {r["preset"] for r in records}, [r["seed"] for r in records]
     if len(presets) > 1: raise UserError(f"these runs are of different presets: {', '.join(sorted(presets))}")
     if len(set(seeds)) < len(seeds): raise UserError(f"two of these runs have the same seed: {seeds}")
+    records = [r | {"config": completed({"name": r["preset"]} | r["config"])} if r.get("config") else r for r in records]     # of runs from before a field was added too
     for key, what in (("fast", "with and without --fast"), ("config", "of different settings"), ("weights", "begun with different weights")):
         if any(r.get(key) != records[0].get(key) for r in records): raise UserError(f"these runs are {what}: pool the seeds of one")
     together = lambda key: _compared(*(_joined(column) for column in zip(*(_both(r, key) for r in records))))

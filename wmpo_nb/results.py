@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'TABLE1_HEAD', 'VERDICTS_HEAD', 'PAPER_TASK_NAMES', 'PAPER
            'table1_rows', 'holm', 'verdict', 'verdicts', 'table1_comparisons', 'paper_table1', 'noise_markdown',
            'truth_row', 'truth_markdown', 'gained_comparisons', 'gained_groups', 'gained_markdown',
            'disruptions_markdown', 'recoveries_markdown', 'lifelong_comparisons', 'lifelong_markdown',
-           'checkpoint_correlation', 'agreement_markdown', 'error_map', 'table1_figure', 'noise_figure',
+           'checkpoint_correlation', 'agreement_markdown', 'parts_of', 'error_map', 'table1_figure', 'noise_figure',
            'gained_figure', 'truth_figure', 'agreement_figure', 'disruptions_figure', 'lifelong_figure',
            'variants_text', 'table1_markdown', 'dreams_and_gains', 'notes', 'kind_of', 'seeds_lines', 'without_covered',
            'page_markdown', 'read_result', 'write_pages']
@@ -317,7 +317,7 @@ def disruptions_markdown(cells: list[dict]) -> str:
     paper = [[METHODS[m], *(f"{r} ({100 * low:.0f} to {100 * high:.0f})" for r in rates for low, high in [wilson(round(1.28 * r), 128)])]
              for m, rates in PAPER_TABLE2.items()]
     head = ["method", "position (Square), %", "background (StackThree), %", "texture (ThreePieceAssembly), %"]
-    return "\n".join([*lines, *verdicts(comparisons), "", "### The paper's own Table 2 (P = 128, 128 states each; not made here)", "", markdown_table(head, paper), ""])
+    return "\n".join([*lines, *verdicts(comparisons), "", "### The paper's own Table 2 (arXiv, first version; its budget is not stated; intervals as of 128 states; not made here)", "", markdown_table(head, paper), ""])
 
 # %% ../nbs/29_results.ipynb #1aad2aeb
 def recoveries_markdown(cells: list[dict]) -> str:
@@ -412,10 +412,17 @@ def agreement_markdown(cells: list[dict]) -> str:
         markdown_table(["run", "policy", "PSNR by chunk", "departed, by chunk"], _departure_rows(cells)), ""])
 
 # %% ../nbs/29_results.ipynb #89721621
-def _figure(width: float = 7, height: float = 3, columns: int = 1):
+def parts_of(cells: list[dict]) -> dict[str, list[dict]]:
+    "Cells by what must not be pooled, preset and budget, under a label."
+    found = {}
+    for c in sorted(cells, key=lambda c: (c["preset"], c["P"])): found.setdefault(f"{c['preset']}, P = {c['P']}", []).append(c)
+    return found
+
+
+def _figure(width: float = 7, height: float = 3, columns: int = 1, rows: int = 1):
     from matplotlib.figure import Figure              # no window system, no global state
     figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
+    return figure, figure.subplots(rows, columns, squeeze=False).ravel()
 
 # %% ../nbs/29_results.ipynb #f67871ee
 def _points(ax, x, groups: list[dict], label: str):
@@ -451,15 +458,20 @@ def table1_figure(cells: list[dict]):
 
 # %% ../nbs/29_results.ipynb #adae2375
 def noise_figure(cells: list[dict]):
-    figure, axes = _figure(8, 3, 2)
-    for level in sorted({c["noise"] for c in cells}):
-        group = [c for c in cells if c["noise"] == level]
-        for ax, name, title in zip(axes, ("psnr", "ssim"), ("PSNR, dB", "SSIM")):
-            curve = _mean([c[name] for c in group])
-            ax.plot(range(1, len(curve)), [math.nan if v is None else v for v in curve[1:]], label=f"noise {level:g}")
-            ax.set(xlabel="frame", ylabel=title)
+    parts = parts_of(cells)
+    figure, axes = _figure(8, 3 * len(parts), 2, len(parts))
+    for row, (part, group) in zip(axes.reshape(-1, 2), parts.items()):
+        for ax, name, title in zip(row, ("psnr", "ssim"), ("PSNR, dB", "SSIM")):
+            for level in sorted({c["noise"] for c in group}): _curve(ax, [c[name] for c in group if c["noise"] == level], f"noise {level:g}")
+            ax.set(xlabel="frame", ylabel=title, title=part)
     axes[0].legend(fontsize=7)
     return figure
+
+
+def _curve(ax, curves: list[list], label: str):
+    "The mean of several curves over frames, from frame 1."
+    mean = _mean(curves)[1:]
+    ax.plot(range(1, len(mean) + 1), [math.nan if v is None else v for v in mean], label=label)
 
 # %% ../nbs/29_results.ipynb #ac86f599
 def gained_figure(cells: list[dict]):
@@ -476,52 +488,64 @@ def gained_figure(cells: list[dict]):
 
 # %% ../nbs/29_results.ipynb #24c436e4
 def truth_figure(cells: list[dict]):
-    figure, (ax,) = _figure(6, 3)
-    found = [c for c in cells if "confusion" in c]
-    for setting in _in_order(c["setting"] for c in found):
-        curve = _mean([c["psnr"] for c in found if c["setting"] == setting])
-        ax.plot(range(1, len(curve)), [math.nan if v is None else v for v in curve[1:]], label=setting)
-    ax.set(xlabel="frame", ylabel="PSNR, dB")
-    ax.legend(fontsize=7)
+    parts = parts_of([c for c in cells if "confusion" in c])
+    figure, axes = _figure(6 * max(len(parts), 1), 3, max(len(parts), 1))
+    for ax, (part, group) in zip(axes, parts.items()):
+        for setting in _in_order(c["setting"] for c in group): _curve(ax, [c["psnr"] for c in group if c["setting"] == setting], setting)
+        ax.set(xlabel="frame", ylabel="PSNR, dB", title=part)
+        ax.legend(fontsize=7)
     return figure
 
 # %% ../nbs/29_results.ipynb #d01eedbc
 def agreement_figure(cells: list[dict]):
-    figure, (left, right, where) = _figure(11, 3.2, 3)
+    presets = sorted({c["preset"] for c in cells})
+    figure, (left, right, *maps) = _figure(7 + 4 * len(presets), 3.2, 2 + len(presets))
     for cell in cells:
         points = [[100 * p[side][0] / p[side][1] for p in cell["policies"]] for side in ("dreamt", "real")]
         left.plot(*points, "o", ms=4, label=f"{cell['preset']}, P = {cell['P']}, seed {cell['seed']}")
     left.plot([0, 100], [0, 100], color="grey", lw=0.7)
     left.set(xlabel="success in the dream, %", ylabel="in reality, %", xlim=(0, 100), ylim=(0, 100)); left.legend(fontsize=6)
+    for i, group in enumerate(parts_of(cells).values()):
+        for confidence, k, n in _calibration_points(group):
+            low, high = wilson(k, n)
+            right.plot([confidence] * 2, [low, high], color=f"C{i}"); right.plot(confidence, k / n, "o", color=f"C{i}")
+    right.plot([0, 1], [0, 1], color="grey", lw=0.7); right.set(xlabel="confidence in the dream", ylabel="real success (95 %)", xlim=(0, 1), ylim=(0, 1))
+    for where, preset in zip(maps, presets):
+        errors = error_map([c for c in cells if c["preset"] == preset])
+        figure.colorbar(where.imshow(errors, cmap="magma"), ax=where, label="mean error in the last chunk, grey levels")
+        where.axhline(3.5, color="w", lw=0.7); where.set(xticks=[], yticks=[], ylabel="second view, first view", title=preset)
+    return figure
+
+
+def _calibration_points(cells: list[dict]) -> list[tuple]:
+    "(mean confidence, successes, trials) of each bin with any, all policies of `cells` together."
     bins = [[b for c in cells for p in c["policies"] for b in [p["calibration"]["bins"][i]] if b["n"]] for i in range(5)]
     total = [(sum(b["confidence"] * b["n"] for b in group), sum(b["successes"] for b in group), sum(b["n"] for b in group)) for group in bins]
-    for confidence, k, n in (t for t in total if t[2]):
-        low, high = wilson(k, n)
-        right.plot([confidence / n] * 2, [low, high], color="C0"); right.plot(confidence / n, k / n, "o", color="C0")
-    right.plot([0, 1], [0, 1], color="grey", lw=0.7); right.set(xlabel="confidence in the dream", ylabel="real success (95 %)", xlim=(0, 1), ylim=(0, 1))
-    figure.colorbar(where.imshow(error_map(cells), cmap="magma"), ax=where, label="mean error in the last chunk, grey levels")
-    where.axhline(3.5, color="w", lw=0.7); where.set(xticks=[], yticks=[], ylabel="second view, first view")
-    return figure
+    return [(confidence / n, k, n) for confidence, k, n in total if n]
 
 # %% ../nbs/29_results.ipynb #fa53b938
 def disruptions_figure(cells: list[dict]):
-    figure, (ax,) = _figure(7, 3)
-    for i, (method, name) in enumerate(METHODS.items()):
-        groups = [[c for c in cells if c["method"] == method and c["disruption"] == d] for d in DISRUPTIONS]
-        _points(ax, [j + 0.12 * (i - 1.5) for j in range(4)], [dict(enumerate(g)) for g in groups], name)
-    ax.set(xticks=range(4), xticklabels=DISRUPTIONS, ylabel="success, % (95 %)")
-    ax.legend(fontsize=7)
+    parts = parts_of(cells)
+    figure, axes = _figure(7 * len(parts), 3, len(parts))
+    for ax, (part, found) in zip(axes, parts.items()):
+        for i, (method, name) in enumerate(METHODS.items()):
+            groups = [select(found, method=method, disruption=d) for d in DISRUPTIONS]
+            _points(ax, [j + 0.12 * (i - 1.5) for j in range(4)], groups, name)
+        ax.set(xticks=range(4), xticklabels=DISRUPTIONS, ylabel="success, % (95 %)", title=part)
+        ax.legend(fontsize=7)
     return figure
 
 # %% ../nbs/29_results.ipynb #9168a17c
 def lifelong_figure(cells: list[dict]):
-    figure, (ax,) = _figure(6, 3)
-    for i, method in enumerate(("wmpo", "imitation")):
-        rounds = sorted({c["round"] for c in cells if c["method"] == method})
-        groups = [dict(enumerate(c for c in cells if c["method"] == method and c["round"] == r)) for r in rounds]
-        _points(ax, [r + 0.06 * i for r in rounds], groups, "WMPO, round after round" if method == "wmpo" else method)
-    ax.set(xlabel="round", ylabel="success, % (95 %)", xticks=sorted({c["round"] for c in cells}))
-    ax.legend(fontsize=7)
+    parts = parts_of(cells)
+    figure, axes = _figure(6 * len(parts), 3, len(parts))
+    for ax, (part, found) in zip(axes, parts.items()):
+        for i, method in enumerate(("wmpo", "imitation")):
+            rounds = sorted({c["round"] for c in found if c["method"] == method})
+            groups = [select(found, method=method, round=r) for r in rounds]
+            _points(ax, [r + 0.06 * i for r in rounds], groups, "WMPO, round after round" if method == "wmpo" else method)
+        ax.set(xlabel="round", ylabel="success, % (95 %)", xticks=sorted({c["round"] for c in found}), title=f"{part} a round")
+        ax.legend(fontsize=7)
     return figure
 
 # %% ../nbs/29_results.ipynb #56f1dc2f

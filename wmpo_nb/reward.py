@@ -344,8 +344,8 @@ def judging(own: RewardConfig, preset: Preset, path) -> RewardConfig:
 
     Raises `UserError` if a field of the network was set to something else."""
     usual = PRESETS[preset.name]().reward if preset.name in PRESETS else preset.reward
-    asked = {name: value for name, value in asdict(preset.reward).items() if value != getattr(usual, name)}
-    other = [f"--reward.{name} {value!r}" for name, value in asked.items() if name not in RULE and value != getattr(own, name)]
+    asked = {name: value for name, value in asdict(preset.reward).items() if value != getattr(usual, name) or f"reward.{name}" in preset.given}
+    other = [f"--reward.{name} {json.dumps(value)}" for name, value in asked.items() if name not in RULE and value != getattr(own, name)]
     if other: raise UserError(f"the classifier in {path} was trained without {' '.join(other)}: leave it out, or train another")
     return replace(own, **{name: value for name, value in asked.items() if name in RULE})
 

@@ -444,8 +444,12 @@ def film(self: Run, stage: str, step: int, pictures: list, milliseconds: int = 1
 @patch
 @contextmanager
 def stage(self: Run, name: str):
-    "Time inside is booked on stage `name`, SIGTERM is heeded; the ledger is written if the block succeeds."
-    with heed_sigterm(), self.ledger.clock(name): yield
+    "Time inside is booked on stage `name`, SIGTERM is heeded; the ledger is written if the block succeeds or was told to stop."
+    try:
+        with heed_sigterm(), self.ledger.clock(name): yield
+    except Stopped:
+        self._write("ledger.json", self.ledger.state_dict())
+        raise
     self._write("ledger.json", self.ledger.state_dict())
 
 @patch
@@ -571,7 +575,11 @@ def parse_preset(parser: argparse.ArgumentParser, argv: list[str] | None = None,
 def open_run(args, preset: Preset, command: str, given: tuple = ()) -> Run:
     """The `Run` of a command's arguments, as parsed by `parse_preset`. `given`: options that name the files it starts from.
 
-    Raises `UserError` if it is resumed and they name other files."""
+    Raises `UserError` if it is resumed and they name other files, or if one of them is where the result will be written."""
+    for name in given:
+        value = getattr(args, name, None)
+        if isinstance(value, (str, Path)) and Path(value).resolve() == (Path(args.output)/"policy").resolve():
+            raise UserError(f"--{name} {value} is where the result will be written: choose another --output")
     files = {f"--{name.replace('_', '-')}": getattr(args, name) for name in given}
     prints = {name: "".join(map(fingerprint, value if isinstance(value, list) else [value])) for name, value in files.items() if value}
     run = Run(args.output, preset, command, args.seed, args.resume, args.keep, args.log_with)

@@ -3,7 +3,8 @@
 # %% auto #0
 __all__ = ['mix_seed', 'draw_states', 'NothingToLearn', 'decision_frames', 'try_states', 'gather', 'forward_passes',
            'token_statistics', 'kl_to_start', 'update', 'Waiting', 'go_back', 'trial_film', 'Filmed', 'WithoutAdapters',
-           'Mean', 'Best', 'validate', 'train_wmpo', 'first_frames', 'dream_starts', 'refuse_accumulate', 'main']
+           'Mean', 'Best', 'validate', 'train_wmpo', 'first_frames', 'dream_starts', 'refuse_accumulate',
+           'refuse_greedy', 'main']
 
 # %% ../nbs/17_wmpo.ipynb #d59f5307
 import math, resource, sys, time
@@ -469,6 +470,10 @@ def refuse_accumulate(args):
     "Raise `UserError` on an option that practice would ignore."
     if args.accumulate: raise UserError("practice has no --accumulate: --grpo.micro_batch says how many trajectories a pass takes")
 
+def refuse_greedy(preset):
+    "Raise `UserError` if the policy would not sample: greedy siblings are all alike, and their probabilities are not defined."
+    if not preset.collect.temperature > 0: raise UserError("collect.temperature must be above 0: who learns from trials must sample them")
+
 def _spent(world: str, numbers: dict) -> dict:
     "What an iteration's `numbers` cost, for the ledger."
     if world == "dream": return {"imagined_frames": numbers["frames"]}
@@ -488,6 +493,7 @@ def _practise(run, policy, world, states, args):
         try: train_wmpo(policy, world, states, preset.grpo, chunks=preset.task.chunks, seed=args.seed, run=run, log=log,
                         temperature=preset.collect.temperature, checkpointer=checkpointer)
         except NothingToLearn as reason:
+            run.ledger.add(**_spent(args.world, reason.numbers))          # trials without a lesson are spent too
             if not run.ledger.optimiser_steps: raise
             if is_main(): print(f"practice ends early: {reason}")
 
@@ -495,6 +501,7 @@ def _practise(run, policy, world, states, args):
 def _check(args, preset):
     "What can be known to be wrong before large files are read."
     refuse_accumulate(args)
+    refuse_greedy(preset)
     if args.save_every < 0: raise UserError(f"--save-every must be at least 0, not {args.save_every}")
     if args.world == "simulator": return import_module("wmpo_nb.simulator").check_task(preset.task)
     for name in ("world_model", "vae", "reward", "data"):
