@@ -224,7 +224,7 @@ def noise_markdown(cells: list[dict]) -> str:
             rows.append([f"{level:g} of 1000", *(f"{_number(p)} dB, {_number(s, 3)}" for p, s in zip(psnr[chunk::chunk], ssim[chunk::chunk])), len(by_seed)])
         steps, head = next(iter(by_seed.values()))["steps"], [f"frame {(i + 1) * chunk}" for i in range(len(rows[0]) - 2)]
         start = next(iter(by_seed.values()))["start"]
-        lines += [f"### {preset}, P = {P}: {steps} steps of training at each noise, from weights trained with {start:g}", "", markdown_table(["context noise", *head, "seeds"], rows), ""]
+        lines += [f"### {preset}, P = {P}: {steps} steps of training at each noise, from weights trained with {start:g}", "", "PSNR and SSIM of dreamt frames against real ones, at the end of each chunk.", "", markdown_table(["context noise", *head, "seeds"], rows), ""]
     return "\n".join(lines)
 
 # %% ../nbs/29_results.ipynb #b31ae15a
@@ -567,9 +567,9 @@ def table1_markdown(cells: list[dict]) -> str:
             if chosen := variants_text(cells, preset, P): parts += [chosen, ""]
     reused = sorted({c["reused"] for c in cells if c.get("reused")})
     note = [f"WMPO cells taken from finished runs of wmpo-demo: {', '.join(reused)}.", ""] if reused else []
-    return "\n".join([*parts, *note, "GRPO was run with two batch sizes, each with the whole budget; the better one on selection states is shown. DPO: each "
+    return "\n".join([*parts, *note, "GRPO was run with two batch sizes (large, small), each with the whole budget; the better one on selection states is shown. DPO: each "
                       "trajectory of the commoner outcome paired once, in each of ten passes, with one of the rarer; beta 0.1; the best on "
-                      "selection states of several learning rates, named by what they are times GRPO's. The trials of selection (64 states a "
+                      "selection states of several learning rates, each named by its ratio to GRPO's. The trials of selection (64 states a "
                       "variant) are real too and not in the budget; WMPO has none, its dream chooses.", "",
                       *verdicts(table1_comparisons(cells)), "", "### The paper's own Table 1 (128 states each; not made here)", "", paper_table1(), ""])
 
