@@ -253,6 +253,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'wmpo_nb.experiments._check': ('experiments.html#_check', 'wmpo_nb/experiments.py'),
                                      'wmpo_nb.experiments._demo_outcome': ('experiments.html#_demo_outcome', 'wmpo_nb/experiments.py'),
                                      'wmpo_nb.experiments._facts': ('experiments.html#_facts', 'wmpo_nb/experiments.py'),
+                                     'wmpo_nb.experiments._jobs': ('experiments.html#_jobs', 'wmpo_nb/experiments.py'),
                                      'wmpo_nb.experiments._parser': ('experiments.html#_parser', 'wmpo_nb/experiments.py'),
                                      'wmpo_nb.experiments._recorded': ('experiments.html#_recorded', 'wmpo_nb/experiments.py'),
                                      'wmpo_nb.experiments._remember_command': ( 'experiments.html#_remember_command',

@@ -786,7 +786,7 @@ def check_kept(path: Path, root: Path, jobs: list[Job] = ()):
     lost = sorted(names - {job.name for job in jobs})
     if lost: raise UserError(f"{path} has {len(lost)} cells that are not in {root}, such as {lost[0]}: --extend keeps them, another --results leaves the file alone")
 
-
+# %% ../nbs/31_experiments.ipynb #40b3af56
 def known_cells(results: Path, made_with: dict[str, dict]) -> list[dict]:
     "The cells of `results/table1.json` that rest on what `made_with` says, weights and settings by preset."
     old, alike = _recorded(results / "table1.json"), set()
@@ -803,7 +803,7 @@ def spared(jobs: list[Job], results: Path, preset: Preset, weights: Path) -> lis
     read = {need for job in jobs if job.kind != "ablation" and job.name not in known for need in job.needs}
     return [job for job in jobs if job.name not in known - read]
 
-
+# %% ../nbs/31_experiments.ipynb #4fb78d47
 def collate(root: Path, experiment: str, results: Path, extend: bool = False) -> Path | None:
     """Write the result file of an experiment and make all pages of the folder again; None if no cell is finished. With `extend` the
     file keeps the cells that `root` has not, and takes those it is to be compared with from Table 1's; without, raises `UserError` if
@@ -885,6 +885,13 @@ def _parser():
     return parser
 
 # %% ../nbs/31_experiments.ipynb #3010c084
+def _jobs(args, preset: Preset) -> list[Job]:
+    "The jobs that the arguments ask for."
+    jobs = plan(args.experiment, preset, args.budgets or [preset.collect.trajectories], args.seeds)
+    if args.only: jobs = only(jobs, args.only)
+    return spared(jobs, args.results, preset, args.weights) if args.extend else jobs
+
+
 def _check(args, preset: Preset, jobs: list[Job]):
     "What can be known to be wrong before anything is started."
     if args.jobs < 1: raise UserError(f"--jobs must be 1 or more, not {args.jobs}")
@@ -912,9 +919,7 @@ def main(argv=None):
         for page in write_pages(args.results): print(page)
         return
     args.weights = args.weights or shipped_weights(preset)
-    jobs = plan(args.experiment, preset, args.budgets or [preset.collect.trajectories], args.seeds)
-    if args.only: jobs = only(jobs, args.only)
-    if args.extend: jobs = spared(jobs, args.results, preset, args.weights)
+    jobs = _jobs(args, preset)
     if args.plan:
         for job in jobs: print("done  " if is_finished(args.output, job, args.weights) else "to do ", job.name)
         return

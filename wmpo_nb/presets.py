@@ -418,6 +418,7 @@ def _check_consistent(preset: Preset):
         raise UserError(f"the judge's first clip ends with frame {first} (reward.first_clip_end, reward.clip_length), and a trial of task.horizon "
                         f"{preset.task.horizon} has {preset.task.horizon + 1} frames")
 
+# %% ../nbs/00_presets.ipynb #28f51f1a
 def load_preset(name: str, overrides: dict | None = None) -> Preset:
     "Preset `name` with `overrides` such as `{'grpo.group_size': '4'}`. Raises `UserError` on an unknown name, field or value."
     if name not in PRESETS:

@@ -516,7 +516,7 @@ def agreement_figure(cells: list[dict]):
         where.axhline(3.5, color="w", lw=0.7); where.set(xticks=[], yticks=[], ylabel="second view, first view", title=preset)
     return figure
 
-
+# %% ../nbs/29_results.ipynb #01b9a09a
 def _calibration_points(cells: list[dict]) -> list[tuple]:
     "(mean confidence, successes, trials) of each bin with any, all policies of `cells` together."
     bins = [[b for c in cells for p in c["policies"] for b in [p["calibration"]["bins"][i]] if b["n"]] for i in range(5)]

@@ -452,6 +452,7 @@ def stage(self: Run, name: str):
         raise
     self._write("ledger.json", self.ledger.state_dict())
 
+# %% ../nbs/04_run.ipynb #39f02e6d
 @patch
 def done(self: Run, stage: str):
     "Mark `stage` as complete, for a later `is_done`, with what the ledger says by then."

@@ -507,6 +507,7 @@ def _check(args, preset):
     for name in ("world_model", "vae", "reward", "data"):
         if getattr(args, name) is None: raise UserError(f"a dream needs --{name.replace('_', '-')}; see --help")
 
+# %% ../nbs/17_wmpo.ipynb #26ba56e3
 @command
 def main(argv=None):
     "Console script `wmpo-train`: load and check everything, run the loop, write the policy."
