@@ -99,7 +99,6 @@ def same_preset(recorded: dict, preset: Preset, stages: tuple | None = None) -> 
     compared = stages or [stage for stage in wanted if stage not in ("name", "source", *MAKES_WEIGHTS)]
     return all(completed(recorded)[stage] == wanted[stage] for stage in compared)
 
-
 # %% ../nbs/31_experiments.ipynb #96d29fe6
 def cell_line(job: Job) -> str:
     "What a cell notes as its command: the kind of the job and its options, which the preset has no field for."

@@ -431,9 +431,10 @@ def load_preset(name: str, overrides: dict | None = None) -> Preset:
 
 
 def completed(recorded: dict) -> dict:
-    "A preset as `to_dict` recorded it, with fields that are newer than the record at their defaults."
-    usual = PRESETS[recorded["name"]]().to_dict()
-    return {key: value | recorded.get(key, {}) if isinstance(value, dict) else recorded.get(key, value) for key, value in usual.items()}
+    "A preset as `to_dict` recorded it, of another version perhaps: fields it lacks at their defaults, without those that are no more."
+    def fill(record, default):
+        return {key: fill(record.get(key, {}), value) if isinstance(value, dict) else record.get(key, value) for key, value in default.items()}
+    return fill(recorded, PRESETS.get(recorded.get("name"), Preset)().to_dict())
 
 # %% ../nbs/00_presets.ipynb #9880e219
 def as_tuples(value):

@@ -15,7 +15,7 @@ from typing import Callable
 import numpy as np, torch
 from fastcore.basics import patch
 from tqdm import tqdm
-from .presets import Preset, UserError, load_preset
+from .presets import Preset, UserError, completed, load_preset
 from .processes import ShardedOptimizer, from_main, is_main, is_sharded, shards, start_processes, sum_over_processes, wait_for_all
 from .weights import atomic_write, fingerprint, fsync
 
@@ -298,12 +298,7 @@ def _first_difference(old: dict, new: dict, path: str = "") -> str | None:
 # %% ../nbs/04_run.ipynb #9629f2ab
 def _completed(old: dict) -> dict:
     "A run's config.json with today's fields of the preset: younger ones at what the run did without them, and none that are gone."
-    def fill(record, default):
-        return {key: fill(record.get(key, {}), value) if isinstance(value, dict) else record.get(key, value) for key, value in default.items()}
-    preset = old.get("preset", {})
-    try: default = load_preset(preset.get("name", "tiny_lift"))
-    except UserError: default = Preset()
-    return old | {"preset": fill(preset, default.to_dict())}
+    return old | {"preset": completed(old.get("preset", {}))}
 
 # %% ../nbs/04_run.ipynb #770f201f
 def _number(value):
