@@ -149,6 +149,29 @@ def test_cells_of_different_weights_or_settings_share_no_page(tmp_path):
     check_alike(tmp_path, "table1")
 
 
+def test_another_judge_does_not_make_the_baselines_old(tmp_path):
+    strict = override(PRESET, "reward_training.threshold_beta", "0.25")
+    assert strict != PRESET
+    for method in ("base", "grpo", "wmpo"):
+        name = job_name("table1", PRESET, 0, method)
+        write_json(tmp_path / name / "cell.json", {"experiment": "table1", "preset": "tiny_lift", "P": 128, "seed": 0, "method": method})
+        write_json(tmp_path / name / "config.json", {"preset": PRESET.to_dict()})
+        write_json(tmp_path / name / "weights.json", {"policy_lift/model.safetensors": "aaaa"})
+    jobs = {job.kind: job for job in plan("table1", strict, [128], [0])}
+    assert is_finished(tmp_path, jobs["base"]) and is_finished(tmp_path, jobs["grpo"])
+    with pytest.raises(UserError, match="other settings"): is_finished(tmp_path, jobs["wmpo"])
+    with pytest.raises(UserError, match="other settings"): is_finished(tmp_path, jobs["grpo"]._replace(preset=override(PRESET, "grpo.groups", "2")))
+    (tmp_path / jobs["wmpo"].name / "cell.json").unlink()
+    # a page of baselines says nothing of dreams, so a cell that dreams in any way may join it
+    made_with = check_alike(tmp_path, "table1")["tiny_lift"]
+    assert "--grpo.groups" in made_with and not any(name.startswith(("--reward_training.", "--stdit.")) for name in made_with)
+    write_json(tmp_path / "table1.json", {"experiment": "table1", "commands": [], "made_with": {"tiny_lift": made_with}, "cells": [
+        {"cell": jobs["grpo"].name, "preset": "tiny_lift", "P": 128, "seed": 0, "method": "grpo", "ledger": {}, "outcome": {"states": [0, 1], "success": "1", "mean_steps": 9.0}}]})
+    write_json(tmp_path / "new" / jobs["wmpo"].name / "cell.json", {})
+    write_json(tmp_path / "new" / jobs["wmpo"].name / "config.json", {"preset": strict.to_dict()})
+    assert check_alike(tmp_path / "new", "table1", tmp_path / "table1.json")["tiny_lift"]["--reward_training.threshold_beta"] == 0.25
+
+
 def test_a_result_file_is_extended_and_never_overwritten(tmp_path, capsys):
     def add(root, method, seed, weights="aaaa", **more):
         folder = tmp_path / root / job_name("table1", PRESET, seed, method)

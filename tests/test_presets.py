@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from wmpo_nb.presets import (
-    OTHER_DIFFERENCES, PAPER_TASKS, PAPER_VALUES, PRESETS, UserError, differences, differences_page, load_preset, override)
+    OTHER_DIFFERENCES, PAPER_TASKS, PAPER_VALUES, PRESETS, UserError, completed, differences, differences_page, load_preset, override)
 
 PAGE = Path(__file__).parent.parent / "docs/differences.md"
 RELEASED = [f"{task}_{budget}" for task in PAPER_TASKS for budget in (128, 1280)]
@@ -41,6 +41,16 @@ def test_values_of_the_tables():
     assert (p.alignment.learning_rate, p.alignment.batch_size, p.alignment.warmup_steps, p.alignment.weight_decay) == (1e-4, 128, 1000, 0)
     r = p.reward_training
     assert (r.learning_rate, r.weight_decay, r.ema, r.mining, r.image_shift, r.jitter, r.pixel_noise) == (1e-4, 1e-4, 0, 1, 0, 0, 0)
+
+
+def test_a_field_newer_than_a_record_was_as_it_was_then():
+    old = load_preset("tiny_stack").to_dict()
+    del old["reward_training"]["threshold_beta"], old["task"]["turn"]
+    old["task"]["gone"] = 1
+    found = completed(old)
+    assert found["reward_training"]["threshold_beta"] == 1.0 and found["task"]["turn"] == load_preset("tiny_stack").task.turn
+    assert "gone" not in found["task"] and found["sft"] == old["sft"]
+    for name in PRESETS: assert completed(load_preset(name).to_dict()) == load_preset(name).to_dict()
 
 
 def test_tiny_presets_are_nobodys_but_ours():

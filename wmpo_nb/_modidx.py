@@ -337,6 +337,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'wmpo_nb.experiments.same_preset': ('experiments.html#same_preset', 'wmpo_nb/experiments.py'),
                                      'wmpo_nb.experiments.settings_of': ('experiments.html#settings_of', 'wmpo_nb/experiments.py'),
                                      'wmpo_nb.experiments.spared': ('experiments.html#spared', 'wmpo_nb/experiments.py'),
+                                     'wmpo_nb.experiments.stages_of': ('experiments.html#stages_of', 'wmpo_nb/experiments.py'),
                                      'wmpo_nb.experiments.table1_jobs': ('experiments.html#table1_jobs', 'wmpo_nb/experiments.py'),
                                      'wmpo_nb.experiments.truth_job': ('experiments.html#truth_job', 'wmpo_nb/experiments.py'),
                                      'wmpo_nb.experiments.vary': ('experiments.html#vary', 'wmpo_nb/experiments.py'),
