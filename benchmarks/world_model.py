@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 from wmpo_nb.alignment import make_world_model
 from wmpo_nb.presets import load_preset
-from wmpo_nb.training import EMA, fast_precision, make_optimizer, optimizer_step
+from wmpo_nb.training import EMA, fast_precision, make_optimizer, train_step
 
 VARIANTS = {
     "as shipped: bfloat16, Muon, hidden 128": {},
@@ -44,8 +44,9 @@ def stepper(options: dict):
 
     def step() -> float:
         since = time.perf_counter()
-        with fast_precision("cpu", precision): loss = model(latents, actions, generator)
-        optimizer_step(accelerator, loss, model, optimizer, config.warmup_steps, config)
+        def loss_of(latents, actions):
+            with fast_precision("cpu", precision): return {"loss": model(latents, actions, generator)}
+        train_step(accelerator, loss_of, (latents, actions), model, optimizer, config.warmup_steps, config)
         ema.update(world_model)
         return config.batch_size / (time.perf_counter() - since)
     return step

@@ -243,6 +243,7 @@ def test_the_best_variant_on_selection_states_is_kept_and_none_is_trained_twice(
 
     def train(run, policy, name):
         trained.append(name)
+        (run.folder / "checkpoints" / name).mkdir(parents=True, exist_ok=True)
         if name == "broken" and trained.count(name) == 1: raise KeyboardInterrupt
         with torch.no_grad(): next(policy.parameters()).fill_(rates[name])
         return {"spent": len(trained)}
@@ -255,6 +256,8 @@ def test_the_best_variant_on_selection_states_is_kept_and_none_is_trained_twice(
     found = try_variants(run, start, {name: trainers[name] for name in ("worse", "better")}, 4, 0)
     assert found["chosen"] == "better" and found["worse"] == {"spent": 1, "selection_success": 0.25, "selection_states": 4}
     with pytest.raises(KeyboardInterrupt): try_variants(run, start, trainers, 4, 0)
+    # of the policy's size: those of a variant that is done are gone, those of one that is not are needed
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["broken"]
     assert try_variants(run, start, trainers, 4, 0)["chosen"] == "broken"
     run.close()
     assert trained == ["worse", "better", "broken", "broken"]

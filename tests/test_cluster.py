@@ -181,6 +181,14 @@ def test_an_exploding_loss_names_the_last_good_checkpoint(tmp_path):
     with pytest.raises(Diverged, match="explodes"): check_finite(1000.0, 31, again)
 
 
+def test_a_hard_example_among_easy_ones_is_no_explosion(tmp_path):
+    "A classifier that has become good still meets a clip it does not know."
+    checkpointer = Checkpointer(tmp_path, every=1).register(layer=nn.Linear(1, 1))
+    for step in range(400): check_finite(0.69 * 0.98 ** step, step, checkpointer)
+    check_finite(0.21, 400, checkpointer)
+    with pytest.raises(Diverged, match="explodes"): check_finite(0.71, 401, checkpointer)                # worse than it began
+
+
 def test_a_full_disk_leaves_the_last_checkpoint_and_names_it(tmp_path):
     "The limit on the size of a file is as real as a full disk: writes beyond it fail."
     program = f"""

@@ -41,7 +41,7 @@ from wmpo_nb.alignment import make_world_model
 from wmpo_nb.policy import OpenVLAOFT, action_ids
 from wmpo_nb.presets import load_preset
 from wmpo_nb.reward import SuccessClassifier, block_named, hardest
-from wmpo_nb.training import EMA, fast_precision, make_optimizer, optimizer_step
+from wmpo_nb.training import EMA, fast_precision, make_optimizer, train_step
 from wmpo_nb.sft import imitation_loss, smoothed_targets
 from wmpo_nb.trajectory import ActionStats
 from wmpo_nb.vae import VAE, disturbed_terms, draw_disturbance
@@ -83,6 +83,9 @@ def tensors(x):
     if isinstance(x, torch.Tensor): return [x]
     return [t for v in (x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ()) for t in tensors(v)]
 
+# the batch is one part, and the losses above draw their own
+def step(model, loss, optimizer, number): train_step(accelerator, lambda _: {"loss": loss(model)}, (torch.zeros(1),), model, optimizer, number, config)
+
 measured = {}
 for stage, (make, loss, named) in stages.items():
     config = getattr(preset, stage)
@@ -90,12 +93,12 @@ for stage, (make, loss, named) in stages.items():
     before = status("VmRSS")
     model = make().train()
     optimizer, ema = make_optimizer(named(model), config), EMA(model, config.ema)
-    optimizer_step(accelerator, loss(model), model, optimizer, 0, config)
+    step(model, loss, optimizer, 0)
     grown = status("VmHWM") - before               # means something for the first, the largest, only
     optimizer.zero_grad()                          # as the next step will do, after its forward pass
     lasting = sum(t.nbytes for t in [*model.parameters(), *tensors(optimizer.state_dict()), *tensors(ema.average)])
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        optimizer_step(accelerator, loss(model), model, optimizer, 1, config)
+        step(model, loss, optimizer, 1)
     now = peak = 0
     events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
     for event in sorted(events, key=lambda e: e.start_ns()):

@@ -379,7 +379,7 @@ def test_branches_begin_where_the_trial_was(monkeypatch):
 
 @pytest.fixture(scope="module")
 def environment():
-    with Simulator(PRESET.task, 0): yield simulator_room._environment
+    yield Simulator(PRESET.task, 0).environment
 
 
 def test_disruptions_change_the_picture_and_nothing_else(environment):

@@ -629,6 +629,10 @@ def test_one_loader_of_each_kind_takes_what_was_released(released, tmp_path):
     assert same(again.state_dict(), load_world_model(epoch, preset=PRESET, dtype=torch.float32).state_dict())
     save_world_model(tmp_path / "ours.safetensors", again)
     assert same(load_world_model(tmp_path / "ours.safetensors").state_dict(), again.state_dict())
+    for field in ("context_frames", "chunk_size", "image_size"):                 # no tensor has a shape that would tell
+        other = replace(PRESET.world_model, **{field: getattr(PRESET.world_model, field) * 2})
+        with pytest.raises(UserError, match=f"was trained with world_model.{field}"): load_world_model(tmp_path / "ours.safetensors", other)
+    assert load_world_model(tmp_path / "ours.safetensors", replace(PRESET.world_model, flow_steps=7)).config.flow_steps == 7
     with pytest.raises(UserError, match="name its --preset"): load_world_model(released.world_model)
     with pytest.raises(UserError, match="in the file and"): load_world_model(epoch, preset=replace(PRESET, stdit=replace(PRESET.stdit, hidden_size=32)))
     assert load_vae(released.vae).config == PRESET.vae

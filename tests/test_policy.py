@@ -198,6 +198,8 @@ def test_another_instruction_is_another_prompt(policy):
 
 def test_folders_that_hold_no_policy(policy, tmp_path):
     with pytest.raises(UserError, match="config.json"): OpenVLAOFT.from_pretrained(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text('{"policy": {"fog": 1}, "instruction": "lift"}')
+    with pytest.raises(UserError, match="not of this version.*fog"): OpenVLAOFT.from_pretrained(tmp_path)
     policy.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="does not fit OpenVLAOFT"):
         OpenVLAOFT.from_pretrained(tmp_path, replace(CONFIG, hidden_size=64), "lift")

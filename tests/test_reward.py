@@ -196,6 +196,14 @@ def test_calibration_is_about_trajectories():
     assert classifier.config.threshold == report["threshold"]
 
 
+def test_a_success_that_was_over_before_the_first_judged_clip_is_nothing_the_judge_missed():
+    batch = trials()
+    early = batch.success.nonzero()[:2, 0]
+    batch.length[early] = batch.finish_step[early] = 9
+    classifier = brightness_classifier(first_clip_end=16)
+    assert calibrate(classifier, batch)["recall"] == 1 and batch.success.sum() > 2
+
+
 def test_a_strict_judge_gives_up_a_success_for_a_false_one():
     "One success shows so faintly that a failure shows more: F1 counts both, F-0.5 neither."
     def fitted(beta):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from torch import nn
 from accelerate import Accelerator
 from wmpo_nb.presets import WorldModelTrainConfig, load_preset
 from wmpo_nb.run import Checkpointer, Run
-from wmpo_nb.training import EMA, make_optimizer, optimizer_step
+from wmpo_nb.training import EMA, make_optimizer, train_step
 from wmpo_nb.weights import save_weights
 
 output, resume = sys.argv[1], "--resume" in sys.argv
@@ -40,17 +41,28 @@ with run.stage("tiny"):
     for step in range(start, config.steps):
         noise = random.random() + np.random.rand() + torch.rand(())          # the three global generators
         x = torch.randn(16, 4, generator=generator)
-        hidden = torch.relu(model["blocks"][0](model["embed"](x)))
-        loss = (model["head"](hidden) - x.sum(1, keepdim=True) - 0.01 * noise).square().mean()
-        optimizer_step(accelerator, loss, model, optimizer, step, config, checkpointer)
+        def loss_of(x):
+            hidden = torch.relu(model["blocks"][0](model["embed"](x)))
+            return {"loss": (model["head"](hidden) - x.sum(1, keepdim=True) - 0.01 * noise).square().mean()}
+        numbers = train_step(accelerator, loss_of, (x,), model, optimizer, step, config, checkpointer)
         ema.update(model)
         run.ledger.add(optimiser_steps=1)
-        run.log("tiny", step, loss=loss)
+        run.log("tiny", step, loss=numbers["loss"])
         checkpointer.maybe_save(step + 1)
         print(step, flush=True)
 ema.copy_to(model)
 save_weights(run.folder / "weights.safetensors", model, config=config)
 """
+
+
+@pytest.mark.parametrize("module, words, ignored", [
+    ("sft", "--data d --stats s", "--stats"), ("wmpo", "--world simulator --policy p --vae v", "--vae"), ("demo", "--from-scratch --weights w", "--weights"),
+    ("alignment", "--data d --vae v --stats s --workers 3", "--workers"), ("baselines", "grpo --beta 0.2", "--beta"),
+    ("baselines", "dpo --variant small", "--variant"), ("evaluation", "--policy p --accumulate 2", "--accumulate"), ("collect", "--policy p --accumulate 2", "--accumulate")])
+def test_an_option_that_would_be_ignored_is_refused(module, words, ignored, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "")
+    assert import_module(f"wmpo_nb.{module}").main([*words.split(), "--output", str(tmp_path / "run")]) == 2
+    assert f"{ignored} would be ignored" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def start(output, *arguments):

@@ -152,10 +152,10 @@ def test_workers_do_not_change_results():
 _WAITING = """
 import sys, time
 from wmpo_nb.presets import load_preset
-from wmpo_nb.simulator import Simulator
+from wmpo_nb.simulator import Simulator, initial_states
 if __name__ == "__main__":
     simulator = Simulator(load_preset("tiny_lift").task, 2)
-    assert list(simulator.map(abs, [-1, 2])) == [1, 2]
+    assert len(initial_states(simulator, [1, 2])) == 2
     print("ready", flush=True)
     time.sleep(600)
 """
@@ -180,6 +180,18 @@ def test_without_every_frame_the_last_of_each_chunk_is_drawn():
         assert torch.equal(quick.step(actions)[:, 0], frames[:, -1])
 
 
+def test_two_simulators_in_one_process_are_two_worlds():
+    tasks, states = (TASK, load_preset("tiny_stack").task), [InitialState(31, None)]
+    alone = [Simulator(task, 0).reset(states) for task in tasks]
+    lift, stack = (Simulator(task, 0) for task in tasks)
+    assert torch.equal(lift.reset(states), alone[0]) and torch.equal(stack.reset(states), alone[1]) and not torch.equal(*alone)
+    actions = torch.rand(1, 8, 7, generator=torch.Generator().manual_seed(1))
+    frames = lift.step(actions)
+    del stack
+    lift.reset(states)
+    assert torch.equal(lift.step(actions), frames)
+
+
 def test_steps_are_counted():
     before = Simulator.steps
     with Simulator(TASK, 0) as simulator:
@@ -198,12 +210,21 @@ def test_interrupted_collection_goes_on_where_it_stopped(tmp_path):
     with Simulator(TaskConfig(image_size=16, horizon=8), 0) as simulator:
         collect_scripted(simulator, tmp_path / "whole", "near_miss", range(4), shard=2)
         collect_scripted(simulator, tmp_path / "parts", "near_miss", range(4), shard=2)
-        kept = (tmp_path / "parts/near_miss_00000.tar").stat().st_mtime_ns
-        (tmp_path / "parts/near_miss_00001.tar").unlink()
-        collect_scripted(simulator, tmp_path / "parts", "near_miss", range(4), shard=2)
+        kept = (tmp_path / "parts/near_miss_00000_0_2.tar").stat().st_mtime_ns
+        (tmp_path / "parts/near_miss_00001_2_2.tar").unlink()
+        steps = collect_scripted(simulator, tmp_path / "parts", "near_miss", range(4), shard=2)
     whole, parts = read_shards(tmp_path / "whole"), read_shards(tmp_path / "parts")
     assert torch.equal(whole.frames, parts.frames) and torch.equal(whole.intended, parts.intended)
-    assert (tmp_path / "parts/near_miss_00000.tar").stat().st_mtime_ns == kept
+    assert (tmp_path / "parts/near_miss_00000_0_2.tar").stat().st_mtime_ns == kept
+    assert steps == int(parts.length.sum()) == 4 * 8                              # what an interrupted call took is counted too
+
+
+def test_scripted_trials_of_other_seeds_are_not_taken_for_these(tmp_path):
+    with Simulator(TaskConfig(image_size=16, horizon=8), 0) as simulator:
+        for seeds in (range(3), range(10, 12), range(4)): collect_scripted(simulator, tmp_path / f"{seeds.start}", "play", seeds, shard=3)
+        collect_scripted(simulator, tmp_path / "0", "play", range(10, 12), shard=3)
+    assert sorted(read_shards(tmp_path / "0").state_id.tolist()) == [0, 1, 2, 3, 10, 11] and read_shards(tmp_path / "10").state_id.tolist() == [10, 11]
+
 
 
 def test_noise_is_executed_but_not_intended(env):

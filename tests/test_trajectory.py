@@ -80,10 +80,12 @@ def test_frames_that_stay_on_disk_are_those_in_memory(tmp_path):
     back = read_shards(tmp_path, stored=True)
     assert isinstance(back.frames, StoredFrames) and back.frames.shape == tuple(batch.frames.shape) and len(back) == 3
     rows, times, none = torch.tensor([[2], [0]]), torch.tensor([[1, 4, 4], [0, 2, 3]]), torch.zeros(3, dtype=torch.bool)
+    for index in ((slice(None), torch.tensor([0, 4])), (slice(1, 3), times), (torch.tensor([2, 0]), slice(1, 4)), (slice(None), slice(2)), (-1, -1), (none, 0)):
+        assert torch.equal(back.frames[index], batch.frames[index]), index
     for index in (0, slice(1, 3), torch.tensor([2, 2, 0]), torch.tensor([True, False, True]), none, (slice(None), 0), (rows, times), (rows[:, 0], times[:, 1])):
         found, wanted = back.frames[index], batch.frames[index]
         assert torch.equal(found, wanted) and found.dtype == torch.uint8, index
-    for chosen in (slice(1, None), torch.tensor([2, 0]), torch.tensor([False, True, False])):
+    for chosen in (slice(1, None), torch.tensor([2, 0]), torch.tensor([False, True, False]), none):
         part, wanted = back[chosen], batch[chosen]
         assert isinstance(part.frames, StoredFrames) and len(part) == len(wanted) and torch.equal(part.frames[:], wanted.frames)
         assert all(torch.equal(getattr(part, f.name), getattr(wanted, f.name)) for f in fields(TrajectoryBatch) if f.name != "frames")

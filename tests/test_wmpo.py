@@ -196,9 +196,16 @@ def test_success_improves():
     assert end > start + 0.15
 
 
+def train_and_stop(after, folder, **options):
+    "Train, and be interrupted when `after` iterations are saved."
+    def log(iteration, **numbers):
+        if iteration == after: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): train(new_policy(), checkpointer=Checkpointer(folder, 1), log=log, **options)
+
+
 def test_resume_gives_the_same_bits(tmp_path):
     unbroken = weights(train(new_policy()))
-    train(new_policy(), config=replace(CONFIG, iterations=2), checkpointer=Checkpointer(tmp_path, 1))
+    train_and_stop(2, tmp_path)
     torch.manual_seed(99)
     resumed = weights(train(new_policy(seed=5), checkpointer=Checkpointer(tmp_path, 1)))
     assert torch.equal(unbroken, resumed)
@@ -216,22 +223,24 @@ def test_the_policy_that_did_best_when_greedy_is_kept(tmp_path):
     kept = max(range(4), key=lambda i: (validations[i], i))     # the mean of one iteration's weights is these weights
     assert torch.equal(weights(policy), latest[kept]) and len(set(validations)) > 1
     assert validate(policy, Brightness(), STATES, config, 2)["validation"] == max(validations)
-    train(new_policy(), config=replace(config, iterations=2), checkpointer=Checkpointer(tmp_path, 1))
+    train_and_stop(2, tmp_path, config=config)
     assert torch.equal(weights(policy), weights(train(new_policy(seed=5), config=config, checkpointer=Checkpointer(tmp_path, 1))))
 
 
 def test_the_mean_of_the_last_iterations_is_tried_and_practice_does_not_notice(tmp_path):
-    def practise(every, iterations=4, policy=None, folder=None):
+    def practise(every, stop=None, policy=None, folder=None):
         rows, policy = [], policy or new_policy()
-        train(policy, config=replace(CONFIG, validate_every=every, iterations=iterations), checkpointer=Checkpointer(folder, 1) if folder else None,
-              log=lambda iteration, **numbers: rows.append((weights(policy), numbers.get("validation"))))
+        def log(iteration, **numbers):
+            if iteration == stop: raise KeyboardInterrupt
+            rows.append((weights(policy), numbers.get("validation")))
+        train(policy, config=replace(CONFIG, validate_every=every), checkpointer=Checkpointer(folder, 1) if folder else None, log=log)
         return policy, rows
     (policy, rows), (_, alone) = practise(2), practise(0)
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(rows, alone))
     means = [(rows[i][0] + rows[i + 1][0]) / 2 for i in (0, 2)]
     kept = means[int(rows[3][1] >= rows[1][1])]
     assert torch.allclose(weights(policy), kept, atol=1e-6) and rows[0][1] is rows[2][1] is None
-    practise(2, 3, folder=tmp_path)                                              # stopped between two trials
+    with pytest.raises(KeyboardInterrupt): practise(2, stop=3, folder=tmp_path)   # stopped between two trials
     assert torch.equal(weights(policy), weights(practise(2, policy=new_policy(seed=5), folder=tmp_path)[0]))
 
 
@@ -263,10 +272,15 @@ def test_the_policy_that_practice_begins_with_is_the_one_to_beat(monkeypatch, me
     assert torch.equal(weights(policy), begun) == (kept == "start")
 
 
-def test_too_few_iterations_to_ask_keep_the_last_policy():
-    latest, policy = [], new_policy()
-    train(policy, config=replace(CONFIG, validate_every=5), log=lambda iteration, **numbers: latest.append(weights(policy)))
-    assert torch.equal(weights(policy), latest[-1])
+@pytest.mark.parametrize("every", [3, 5])
+def test_the_iterations_left_at_the_end_are_asked_as_well(monkeypatch, every):
+    "Four iterations: three and one, or four that never fill a mean of five."
+    latest, policy, asked = [], new_policy(), iter([0.1, 0.2, 0.3])
+    monkeypatch.setattr("wmpo_nb.wmpo.validate", lambda *_: {"validation": next(asked), "frames": 1, "trajectories": 1})
+    train(policy, config=replace(CONFIG, validate_every=every), log=lambda iteration, **numbers: latest.append((weights(policy), numbers.get("validation"))))
+    rest = [row for row, _ in latest[every if every == 3 else 0:]]
+    assert len(latest) == 4 and latest[-1][1] is not None
+    assert torch.allclose(weights(policy), torch.stack(rest).mean(0), atol=1e-6)
 
 
 def test_run_records_every_iteration_once_and_counts_steps(tmp_path):

@@ -20,7 +20,7 @@ import torch
 from .presets import Preset, STDiTConfig, UserError, WorldModelConfig, WorldModelTrainConfig
 from .policy import stats_entry
 from .processes import gathered, is_main, start_processes
-from .run import Checkpointer, command, open_run, parse_preset, preset_parser, progress
+from .run import Checkpointer, command, open_run, parse_preset, preset_parser, progress, refuse
 from .training import fast_precision
 from .weights import check_fits, config_of, load_into, load_tensors, save_weights
 from .stdit import STDiT
@@ -153,13 +153,15 @@ def load_world_model(path, config: WorldModelConfig | None = None, preset: Prese
     """The world model at `path`, ours or, with the `preset` of its size, a released one, in evaluation mode.
 
     `config` (flow steps and such) defaults to what a file of ours was saved with, and to the preset's for a released one, which
-    keeps its precision unless `dtype` is given. Raises `UserError` when a file is missing, damaged or of another size."""
+    keeps its precision unless `dtype` is given. Raises `UserError` when a file is missing, damaged or of another size, or
+    was trained with another context, chunk, action history or nominal size than `config` says."""
     if not _says_its_size(path):
         if preset is None: raise UserError(f"{path} does not say how large its network is: name its --preset")
         return WorldModel(config or preset.world_model, load_stdit(path, preset.stdit, dtype)).eval()
     stdit, trained = STDiT(config_of(path, STDiTConfig, "stdit")), config_of(path, WorldModelConfig, "world_model")
-    if config and config.action_history != trained.action_history:
-        raise UserError(f"{path} was trained with world_model.action_history {trained.action_history}, not {config.action_history}")
+    for name in ("context_frames", "chunk_size", "action_history", "image_size") if config else ():      # the network has learnt these
+        if getattr(config, name) != getattr(trained, name):
+            raise UserError(f"{path} was trained with world_model.{name} {getattr(trained, name)}, not {getattr(config, name)}")
     if config and preset and stdit.config.context_timestep != preset.stdit.context_timestep:
         raise UserError(f"{path} was trained with stdit.context_timestep {stdit.config.context_timestep:g}, not {preset.stdit.context_timestep:g}: choose its --preset")
     world_model = WorldModel(config or trained, stdit)
@@ -220,6 +222,7 @@ def _check(args):
     "Raise `UserError` on options that contradict each other."
     if args.pretrain and args.align: raise UserError("--pretrain oxe starts a new world model and --align continues one: choose")
     if args.pretrain: return
+    refuse(args, ("conventions", "workers"), "only --pretrain oxe reads videos")
     if args.open_sora: raise UserError("--open-sora is where --pretrain oxe begins: add it")
     if not args.stats: raise UserError("--stats is needed: the dataset_statistics.json of these trajectories")
     if len(args.data) > 1: raise UserError(f"--data is one folder of trajectories, not {len(args.data)}; data sets need --pretrain oxe")

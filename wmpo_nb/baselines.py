@@ -23,7 +23,7 @@ from .grpo import action_mask
 from .policy import load_policy, prepare_policy, save_trained, trained_part
 from .presets import GRPOConfig, UserError, seeds_for
 from .processes import is_main, my_share, start_processes, sum_gradients, sum_over_processes, wait_for_all
-from .run import Checkpointer, Ledger, Run, command, open_run, parse_preset, preset_parser, progress, read_metrics
+from .run import Checkpointer, Ledger, Run, command, open_run, parse_preset, preset_parser, progress, read_metrics, refuse
 from .training import clip_gradients, naming_checkpoint
 from .weights import atomic_write
 from .simulator import Simulator
@@ -227,6 +227,7 @@ def try_variants(run: Run, load_start, trainers: dict, selection: int, workers: 
         found[name] = numbers | {"selection_success": rate, "selection_states": selection}
         if is_main():
             with atomic_write(path) as temporary: temporary.write_text(json.dumps(found, indent=1))
+            shutil.rmtree(run.folder / "checkpoints" / name, ignore_errors=True)           # of the policy's size, and of no more use
     chosen = max(trainers, key=lambda name: found[name]["selection_success"] or 0.0)
     _keep(run.folder / f"policy_{chosen}", run.folder / "policy")
     return {name: found[name] for name in trainers} | {"chosen": chosen}
@@ -305,6 +306,8 @@ def main(argv=None):
     if args.epochs < 1 or args.beta <= 0: raise UserError(f"--epochs and --beta must be positive, not {args.epochs} and {args.beta}")
     if min(args.rates) <= 0 or len(set(args.rates)) < len(args.rates): raise UserError(f"--rates must be positive and different: {args.rates}")
     refuse_accumulate(args)
+    if args.method == "grpo": refuse(args, ("rates", "beta", "epochs", "cache"), "online GRPO has neither pairs nor recordings")
+    else: refuse(args, ["variant"], "DPO has no batches of trials")
     refuse_greedy(preset)
     if args.selection < 1: raise UserError(f"--selection must be at least 1, not {args.selection}")
     if preset.collect.trajectories < preset.grpo.group_size:

@@ -25,7 +25,7 @@ from .policy import OpenVLAOFT, check_config
 from .presets import GRPOConfig, Preset, UserError, seeds_for
 from .report import save_record, write_report
 from .reward import f1_score, judge, load_reward, save_reward, train_reward
-from .run import Run, command, open_run, parse_preset, preset_parser, progress, read_metrics
+from .run import Run, command, open_run, parse_preset, preset_parser, progress, read_metrics, refuse
 from .weights import atomic_write
 from .simulator import Simulator, choose_gl
 from .trajectory import InitialState, TrajectoryBatch, rollout
@@ -277,6 +277,7 @@ def main(argv=None):
     if preset.name not in ("tiny_lift", "tiny_stack"): raise UserError(f"the demo runs tiny_lift and tiny_stack; for {preset.name} use the commands of each stage")
     given = list(argv or sys.argv[1:])
     check_rounds(preset)
+    if args.from_scratch: refuse(args, ["weights"], "--from-scratch makes its own")
     choose_gl()
     if not args.from_scratch: parts = Parts(args.weights or shipped_weights(preset), preset)
     run = open_run(args, preset, "wmpo-demo")

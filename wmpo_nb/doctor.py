@@ -369,7 +369,7 @@ CHECKS = (
     Check("mimicgen", check_mimicgen, "pip uninstall mimicgen"),
     Check("cuda", check_cuda, "CUDA_VISIBLE_DEVICES='' hides a GPU that does not work"),
     Check("disk", check_disk, "run where you may write"),
-    Check("policy", check_policy, "reinstall, or give another --policy"),
+    Check("policy", check_policy, "reinstall, or give another --policy; beside a released one that lacks it, put the dataset_statistics.json of SFT_models/<task>"),
     Check("first frame", check_first_frame, _REFERENCE, ("drawing",)),
     Check("gripper", check_gripper, _INSTALL, ("drawing",)),
     Check("replay states", check_replay_states, _REFERENCE, ("drawing",), slow=True),

@@ -22,7 +22,7 @@ from torch import Tensor
 from .policy import load_policy
 from .presets import seeds_for
 from .processes import is_main, processes, start_processes, sum_over_processes
-from .run import command, open_run, parse_preset, preset_parser, progress, stop_if_asked
+from .run import command, open_run, parse_preset, preset_parser, progress, refuse, stop_if_asked
 from .weights import atomic_write
 from .trajectory import ActionChunk, InitialState, TrajectoryBatch, load_initial_states, rollout
 
@@ -323,6 +323,7 @@ def _parser():
 def main(argv=None):
     "Console script `wmpo-evaluate`: success rate of a policy in the real simulator, alone or against a baseline."
     args, preset = parse_preset(_parser(), argv)
+    refuse(args, ["accumulate"], "nothing is learnt here")
     folders = {"baseline": args.baseline, "policy": args.policy} if args.baseline else {"policy": args.policy}
     device = start_processes().device
     import_module("wmpo_nb.simulator").check_task(preset.task)

@@ -28,7 +28,6 @@ import numpy as np
 import torch
 
 # %% ../nbs/31_experiments.ipynb #5842b553
-from . import simulator as simulator_room
 from .alignment import align, encode_windows, imagine_trajectory, load_world_model, save_world_model
 from .baselines import run_dpo, run_grpo
 from .collect import collect
@@ -490,9 +489,8 @@ def disrupted(cell: Cell, disruption: str) -> tuple[Simulator, list[InitialState
     task, number = cell.preset.task, cell.preset.evaluation.states
     wide = replace(task, placement=1.4 * task.placement) if disruption == "position" else task
     world, seeds = Simulator(wide, 0, every_frame=False), seeds_for("test", number, cell.seed)
-    environment = simulator_room._environment
-    disturb(environment, disruption)
-    if disruption == "position": seeds = displaced(environment, seeds_for("test", min(10_000, 8 * number + 50), cell.seed), number, task.placement)
+    disturb(world.environment, disruption)
+    if disruption == "position": seeds = displaced(world.environment, seeds_for("test", min(10_000, 8 * number + 50), cell.seed), number, task.placement)
     return world, [InitialState(seed, None) for seed in seeds]
 
 # %% ../nbs/31_experiments.ipynb #9c5f0b22
@@ -540,17 +538,17 @@ def make_recovery(cell: Cell) -> dict:
     "Greedy trials of one method's policy, each watched again step by step: failed grasps, recoveries, a filmstrip of the first."
     preset, policy = cell.preset, policy_of(cell, cell.options["method"])
     states = [InitialState(s, None) for s in seeds_for("test", preset.evaluation.states, cell.seed)]
-    world, environment = Simulator(preset.task, 0, every_frame=False), simulator_room._environment
+    world = Simulator(preset.task, 0, every_frame=False)
     counts, film = dict.fromkeys(("trials", "success", "failed_grasp", "recovered"), 0), None
     with cell.run.stage("evaluate"):
         for start in progress(range(0, len(states), 32), "watch"):
             batch = rollout(policy, world, states[start:start + 32], chunks=preset.task.chunks)
             for seed, actions, success, finish in zip(batch.state_id.tolist(), batch.actions.numpy(), batch.success.tolist(), batch.finish_step.tolist()):
-                failed = failed_grasps(*watch_trial(environment, seed, actions[:finish]), drops=preset.task.name == "lift")
-                if environment.success() != success: raise RuntimeError(f"trial {seed} did not end the same way when watched again")
+                failed = failed_grasps(*watch_trial(world.environment, seed, actions[:finish]), drops=preset.task.name == "lift")
+                if world.environment.success() != success: raise RuntimeError(f"trial {seed} did not end the same way when watched again")
                 found = {"trials": True, "success": success, "failed_grasp": bool(failed), "recovered": bool(failed) and success}
                 counts = {name: counts[name] + found[name] for name in counts}
-                if found["recovered"] and not film: film = recovery_film(environment, seed, actions[:finish])
+                if found["recovered"] and not film: film = recovery_film(world.environment, seed, actions[:finish])
     return {"method": cell.options["method"], "counts": counts, "film": film}
 
 # %% ../nbs/31_experiments.ipynb #486e5dbd

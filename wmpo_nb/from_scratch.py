@@ -59,14 +59,14 @@ def make_demonstrations(run: Run, preset: Preset, workers: int | None = None):
 def make_pretraining_data(run: Run, preset: Preset, workers: int | None = None):
     "Noisy experts, near misses and play on every task of `preset.pretrain_data`, in `data/pretraining/<task>`."
     data = preset.pretrain_data
-    counts = {"expert": data.demonstrations, "near_miss": data.near_misses, "play": data.play}
+    counts, steps = {"expert": data.demonstrations, "near_miss": data.near_misses, "play": data.play}, 0
     for task in data.tasks:
         share = 1.0 if task == data.tasks[0] else data.other_tasks_share
         with run.stage("pretraining data"), Simulator(_task_config(preset, task), workers) as simulator:
             for kind, count in counts.items():
                 seeds = seeds_for("pretraining", math.ceil(count * share), _BLOCKS[task] + _KINDS[kind])
-                steps = collect_scripted(simulator, run.folder / "data/pretraining" / task, kind, seeds)
-                run.ledger.add(simulator_steps=steps)
+                steps += collect_scripted(simulator, run.folder / "data/pretraining" / task, kind, seeds)
+    run.ledger.add(simulator_steps=steps)           # at the end: those of an interrupted call are among them
 
 # %% ../nbs/20_from_scratch.ipynb #f6f7841b
 def train_base_policy(run: Run, preset: Preset):

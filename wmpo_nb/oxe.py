@@ -486,7 +486,7 @@ def load_state_dict(self: Shuffle, state: dict):
 
 # %% ../nbs/32_oxe.ipynb #095daaad
 class WindowStream:
-    """Endless batches of a mixture's windows. `next()` -> frames uint8 [n, c + K, size, size, 3], actions float32 [n, K, 7] and the
+    """Endless batches of a mixture's windows. `next()` -> frames uint8 [n, c + K, size, size, 3], actions float32 [n, K, A] and the
     rows that are this process's, n of `batch_size`. The same for any number of `workers` (threads) and processes.
 
     `state_dict` holds the place of the next batch. `waited`: seconds spent waiting for pictures."""
@@ -555,7 +555,7 @@ def load_state_dict(self: WindowStream, state: dict):
 
 # %% ../nbs/32_oxe.ipynb #9888b634
 def latent_sampler(stream: WindowStream, vae: VAE):
-    """`sample(generator, count)` for `train_world_model`: latents [count, C, c + K, h, w] and actions [count, K, 7], of which only the
+    """`sample(generator, count)` for `train_world_model`: latents [count, C, c + K, h, w] and actions [count, K, A], of which only the
     rows of this process are filled. The stream has randomness of its own."""
     device = next(vae.parameters()).device
 

@@ -538,7 +538,8 @@ def _read_config(folder: Path) -> tuple[PolicyConfig, str]:
     except (OSError, json.JSONDecodeError) as error: raise UserError(f"cannot read the policy's config.json in {folder}: {error}")
     if "policy" not in record: raise UserError(f"{folder}/config.json is not ours: name the preset this checkpoint belongs to")
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in record["policy"].items()}
-    return PolicyConfig(**values), record["instruction"]
+    try: return PolicyConfig(**values), record["instruction"]
+    except (TypeError, KeyError) as error: raise UserError(f"{folder}/config.json is not of this version: {error}") from None
 
 # %% ../nbs/07_policy.ipynb #6b353e54
 # what OpenVLA-OFT saves beside the weights of other kinds of policies, by the beginning of the name

@@ -412,6 +412,8 @@ def _check_consistent(preset: Preset):
     if not chunk == model == policy:
         raise UserError(f"a chunk has {chunk} actions for the task, {model} for the world model and {policy} for the policy: "
                         "set task.chunk_size, world_model.chunk_size and policy.chunk_size alike")
+    for stage in ("task", "policy"):
+        if getattr(preset, stage).action_dim != 7: raise UserError(f"{stage}.action_dim is 7: six numbers of the hand's motion and one of the gripper")
     if preset.task.horizon % chunk: raise UserError(f"task.horizon {preset.task.horizon} is not a whole number of chunks of {chunk}")
     first = max(preset.reward.first_clip_end, preset.reward.clip_length)
     if first > preset.task.horizon + 1:
@@ -518,6 +520,11 @@ OTHER_DIFFERENCES += (
     ("epsilon of AdamW", "-", "1e-15 in the world model", "PyTorch's 1e-8"),
     ("starts of later draws", "-", "those not drawn yet, until all were", "drawn anew: some may repeat"),
     ("optimiser of the alignment", "-", "state and schedule of pre-training go on", "begins anew, with a warm-up"),
+    ("pictures that teach the judge", "-", "as the camera saw them", "as the world model's VAE shows them, like those of a dream"),
+    ("trials that set the judge's threshold", "-", "-", "a quarter, which it is not trained on"),
+    ("precision of the judge's scores", "-", "float32", "bfloat16 on a GPU; `--precision fp32` says otherwise"),
+    ("one optimiser step of GRPO", "128 trajectories", "half a group of each of 32 GPUs: a group spans two steps", "whole groups, 16 of 8"),
+    ("baselines", "the optimiser of Table 4", "none", "DPO: beta 0.1, 10 epochs, the best of several rates on 64 more states (`--rates 1`: the paper's); GRPO: the better of two batches"),
     ("start of the judge", "VideoMAE", "VideoMAE-base", "what `--start` names, VideoMAE-base in the recipe; without it random weights"),
     ("which weights of the judge", "-", "the best F1 of checks every 500 steps", "the last ones"),
     ("threshold of the judge", "-", "best F1 of 20 values from 0.3 to 1, later of 30 from 0 to 1", "best F1 of 49 values from 0.02 to 0.98, the middle one of equals"),

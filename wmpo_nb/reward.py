@@ -41,10 +41,12 @@ def resize_and_crop(images: torch.Tensor, size: int) -> torch.Tensor:
     return images[..., top:top + size, left:left + size].float()
 
 # %% ../nbs/14_reward.ipynb #1f142ff8
-def preprocess(clips: torch.Tensor, config: RewardConfig) -> torch.Tensor:
-    "uint8 clips [N, L, H, W, 3] to normalised float32 pixel values [N, L, 3, size, size]."
-    images = resize_and_crop(clips.cpu().flatten(0, 1).movedim(-1, 1), config.image_size).to(clips.device) / 255
-    mean, std = (torch.tensor(x, device=clips.device)[:, None, None] for x in (config.image_mean, config.image_std))
+def preprocess(clips: torch.Tensor, config: RewardConfig, device=None) -> torch.Tensor:
+    "uint8 clips [N, L, H, W, 3] to normalised float32 pixel values [N, L, 3, size, size] on `device`, or on their own."
+    device = device or clips.device
+    # resized on the CPU, the same everywhere; what goes to the device is bytes
+    images = resize_and_crop(clips.cpu().flatten(0, 1).movedim(-1, 1), config.image_size).to(device) / 255
+    mean, std = (torch.tensor(x, device=device)[:, None, None] for x in (config.image_mean, config.image_std))
     return ((images - mean) / std).unflatten(0, clips.shape[:2])
 
 # %% ../nbs/14_reward.ipynb #ec619063
@@ -104,7 +106,7 @@ def score_clips(classifier: SuccessClassifier, clips: torch.Tensor, batch_size: 
     training, device = classifier.training, next(classifier.parameters()).device
     classifier.eval()
     with fast_precision(device):
-        logits = [classifier(preprocess(part, classifier.config).to(device)) for part in clips.split(batch_size) if len(part)]
+        logits = [classifier(preprocess(part, classifier.config, device)) for part in clips.split(batch_size) if len(part)]
     classifier.train(training)
     return torch.cat(logits)[:, 1].sigmoid().cpu() if logits else torch.zeros(0)
 
@@ -243,8 +245,10 @@ def select_threshold(peaks: torch.Tensor, truth: torch.Tensor, beta: float = 1.0
 
 # %% ../nbs/14_reward.ipynb #f603008e
 def calibrate(classifier: SuccessClassifier, batch: TrajectoryBatch, beta: float = 1.0) -> dict:
-    "Choose `config.threshold`, the best F-`beta` on held-out trajectories; returns threshold, f1, precision, recall and timing error in steps."
+    """Choose `config.threshold`, the best F-`beta` on held-out trajectories; returns threshold, f1, precision, recall and timing error
+    in steps. A success that was over before the first clip that is judged does not count: a dream of it would go on to that clip."""
     ends = clip_ends(batch.frames.shape[1], classifier.config)
+    batch = batch[~batch.success | (batch.length >= ends.min() - 1)] if len(ends) else batch
     scores = trajectory_scores(classifier, batch.frames, batch.length, ends)
     threshold, report = select_threshold(scores.amax(1), batch.success, beta)
     classifier.config = replace(classifier.config, threshold=threshold)
@@ -287,7 +291,7 @@ def mined_clips(classifier: SuccessClassifier, batch: TrajectoryBatch, pools: di
     clips, labels = sample_clips(batch, pools, half, half * config.mining, generator, classifier.config.clip_length)
     clips = augment(clips, config, generator)
     if config.mining == 1: return clips, labels
-    pixels = preprocess(clips, classifier.config).to(device)
+    pixels = preprocess(clips, classifier.config, device)
     with fast_precision(device): chosen = hardest(classifier, pixels, half)
     return pixels[chosen], labels.to(device)[chosen]
 
@@ -295,7 +299,7 @@ def mined_clips(classifier: SuccessClassifier, batch: TrajectoryBatch, pools: di
 def clip_terms(model: SuccessClassifier, clips: torch.Tensor, labels: torch.Tensor) -> dict:
     "Cross-entropy (`loss`) and `accuracy` on clips uint8 [N, L, H, W, 3], or on their pixel values."
     device = next(model.parameters()).device
-    pixels, labels = preprocess(clips, model.config).to(device) if clips.dtype == torch.uint8 else clips, labels.to(device)
+    pixels, labels = preprocess(clips, model.config, device) if clips.dtype == torch.uint8 else clips, labels.to(device)
     with fast_precision(device): logits = model(pixels)
     return {"loss": F.cross_entropy(logits, labels), "accuracy": (logits.argmax(1) == labels).float().mean()}
 

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['Stopped', 'heed_sigterm', 'told_to_stop', 'asked_to_stop', 'stop', 'stop_if_asked', 'Checkpointer', 'progress',
-           'Ledger', 'read_metrics', 'make_trackers', 'Run', 'check_new', 'preset_parser', 'parse_preset', 'open_run',
-           'command']
+           'Ledger', 'read_metrics', 'make_trackers', 'Run', 'check_new', 'preset_parser', 'parse_preset', 'refuse',
+           'open_run', 'command']
 
 # %% ../nbs/04_run.ipynb #8476ac59
 import argparse, dataclasses, difflib, errno, functools, io, json, math, os, pickle, random, shutil, signal, sys, textwrap, threading, time
@@ -515,7 +515,7 @@ def _set_environment(args):
 # %% ../nbs/04_run.ipynb #99e91299
 def preset_parser(prog: str, description: str, examples: str, trains: bool = True) -> argparse.ArgumentParser:
     "Parser with the options every command has, those of training if it `trains`; `examples` are shown under --help. Parse with `parse_preset`."
-    stages = [f.name for f in dataclasses.fields(Preset) if f.name not in ("name", "source")]
+    stages = [f.name for f in dataclasses.fields(Preset) if dataclasses.is_dataclass(getattr(Preset(), f.name))]
     epilog = ("any field of the preset:\n  --STAGE.FIELD VALUE, where STAGE is one of\n"
               f"{textwrap.fill(', '.join(stages), 78, initial_indent='  ', subsequent_indent='  ')}\n\nexamples:\n"
               f"{textwrap.indent(textwrap.dedent(examples).strip(), '  ')}")
@@ -564,8 +564,15 @@ def parse_preset(parser: argparse.ArgumentParser, argv: list[str] | None = None,
     if shards() and not can_shard:
         raise UserError(f"{parser.prog} keeps whole weights in each process: launch it with configs/accelerate/ddp_8.yaml")
     _set_environment(args)
+    args.chosen = {action.dest for action in parser._actions if getattr(args, action.dest, action.default) != action.default}
     if is_main() and not getattr(args, "resume", True): check_new(args.output)
     return args, preset
+
+# %% ../nbs/04_run.ipynb #57454040
+def refuse(args, names, why: str):
+    "Raise `UserError` if one of the options `names` was given: `why` it would be ignored."
+    for name in names:
+        if name in args.chosen: raise UserError(f"--{name.replace('_', '-')} would be ignored: {why}")
 
 # %% ../nbs/04_run.ipynb #73ebe7a2
 def open_run(args, preset: Preset, command: str, given: tuple = ()) -> Run:

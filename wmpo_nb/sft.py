@@ -13,7 +13,7 @@ from .policy import (OpenVLAOFT, action_ids, load_policy, policy_images, prepare
                             trained_part)
 from .presets import SFTConfig, UserError
 from .processes import is_main, start_processes
-from .run import Checkpointer, command, open_run, parse_preset, preset_parser, progress
+from .run import Checkpointer, command, open_run, parse_preset, preset_parser, progress, refuse
 from .training import EMA, train_step
 from .trajectory import ActionStats, PickedFrames, StoredFrames, TrajectoryBatch, read_shards, window_starts
 
@@ -101,6 +101,7 @@ def main(argv=None):
     "Console script `wmpo-sft`: clone the demonstrations in a folder of shards."
     args, preset = parse_preset(_parser(), argv, can_shard=True)
     if preset.sft.lora_rank and not args.start: raise UserError("--sft.lora_rank puts adapters beside a trained policy: name it with --start")
+    if not args.start: refuse(args, ["stats"], "without --start the statistics are those of the demonstrations")
     batch = read_shards(args.data, stored=True)
     executed = torch.cat([actions[:length] for actions, length in zip(batch.actions, batch.length)])
     torch.manual_seed(args.seed)

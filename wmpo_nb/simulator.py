@@ -10,6 +10,7 @@ import ctypes.util, importlib.util, multiprocessing, os, sys, threading, weakref
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from multiprocessing import connection
 from pathlib import Path
@@ -452,7 +453,7 @@ def film_strip(frames, title: str, columns: int = 9):
     fig.suptitle(title, fontsize=8, y=1.08)
 
 # %% ../nbs/06_simulator.ipynb #969e7634
-_environment: Environment | None = None      # each worker process has its own
+_environment: Environment | None = None      # of a worker process
 
 # %% ../nbs/06_simulator.ipynb #96616a10
 def check_task(task: TaskConfig):
@@ -474,33 +475,33 @@ def _start_worker(task: TaskConfig):
     global _environment
     parent = multiprocessing.parent_process()
     if parent: threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    _environment = None            # the old one frees its renderer before the new one makes its own
     _environment = make_environment(task)
 
+def _with_own(function: Callable, *arguments):
+    "In a worker: `function` of its environment and `arguments`."
+    return function(_environment, *arguments)
+
 # %% ../nbs/06_simulator.ipynb #ae0296f8
-def _reset_trial(seed: int, state=None, scene: str | None = None) -> tuple:
-    if state is None: _environment.reset(seed)
-    else: _environment.reset_to(state, scene)
-    return _environment.snapshot(), _environment.frame()
+def _reset_trial(environment: Environment, seed: int, state=None, scene: str | None = None) -> tuple:
+    if state is None: environment.reset(seed)
+    else: environment.reset_to(state, scene)
+    return environment.snapshot(), environment.frame()
 
 # %% ../nbs/06_simulator.ipynb #dcff58cf
-def _step_trial(snapshot: Snapshot, actions: np.ndarray, every_frame: bool) -> tuple:
+def _step_trial(environment: Environment, snapshot: Snapshot, actions: np.ndarray, every_frame: bool) -> tuple:
     "Run one chunk from `snapshot`: the new snapshot, frames [K or 1, H, W, 3], and the first successful step (0 if none)."
-    _environment.restore(snapshot)
+    environment.restore(snapshot)
     frames, finish = [], 0
     for t, action in enumerate(actions):
-        _environment.step(action)
-        if not finish and _environment.success(): finish = t + 1
-        if every_frame or t + 1 == len(actions): frames.append(_environment.frame())
-    return _environment.snapshot(), np.stack(frames), finish
-
-# %% ../nbs/06_simulator.ipynb #4b6718c6
-def _script_trial(seed: int, style: Style) -> dict: return script_trial(_environment, seed, style)
+        environment.step(action)
+        if not finish and environment.success(): finish = t + 1
+        if every_frame or t + 1 == len(actions): frames.append(environment.frame())
+    return environment.snapshot(), np.stack(frames), finish
 
 # %% ../nbs/06_simulator.ipynb #15df3240
 class Simulator:
-    """The real world. `workers=0` runs in this process; `every_frame=False` draws only each chunk's last frame (evaluation),
-    so that `step` answers [B, 1, H, W, 3]. `Simulator.steps` counts control steps of all simulators of this process."""
+    """The real world. `workers=0` runs in this process, in `environment`; `every_frame=False` draws only each chunk's last frame
+    (evaluation), so that `step` answers [B, 1, H, W, 3]. `Simulator.steps` counts control steps of all simulators of this process."""
     steps = 0
 
     def __init__(self, task: TaskConfig, workers: int | None = None, every_frame: bool = True):
@@ -510,11 +511,12 @@ class Simulator:
         workers = min(os.cpu_count() or 1, 8) if workers is None else workers
         context = multiprocessing.get_context("spawn")       # a forked OpenGL context crashes
         self.pool = ProcessPoolExecutor(workers, context, _start_worker, (task,)) if workers else None
-        if not workers: _start_worker(task)
+        self.environment = None if workers else make_environment(task)
 
     def map(self, function: Callable, *arguments):
-        "`map` over the workers, in order."
-        return map(function, *arguments) if self.pool is None else self._results(function, arguments)
+        "`function(environment, *one of each of the arguments)`, in order; whose environment it is does not matter."
+        if self.pool is None: return map(partial(function, self.environment), *arguments)
+        return self._results(partial(_with_own, function), arguments)
 
     def close(self):
         if self.pool: self.pool.shutdown(cancel_futures=True)
@@ -574,7 +576,7 @@ def initial_states(simulator: Simulator, seeds) -> list[InitialState]:
 # %% ../nbs/06_simulator.ipynb #4e193d42
 def script_trials(simulator: Simulator, seeds, styles) -> TrajectoryBatch:
     "Scripted trials, one per (seed, style), as a batch without tokens."
-    rows = list(simulator.map(_script_trial, seeds, styles))
+    rows = list(simulator.map(script_trial, seeds, styles))
     Simulator.steps += sum(r["length"] for r in rows)
     stack = lambda name: torch.from_numpy(np.stack([r[name] for r in rows]))
     none = torch.zeros(len(rows), 0, 56)
@@ -593,11 +595,12 @@ def scripted_styles(kind: str, count: int, seed: int = 0) -> list[Style]:
 
 # %% ../nbs/06_simulator.ipynb #fb17d68b
 def collect_scripted(simulator: Simulator, folder, kind: str, seeds, shard: int = 25) -> int:
-    "Write scripted trials to `folder`, one tar per `shard` trials; tars already there are kept. Returns control steps taken."
-    folder, before, styles = Path(folder), Simulator.steps, scripted_styles(kind, len(seeds), seeds[0])
+    "Write scripted trials to `folder`, one tar per `shard` trials; tars of the same trials are kept. Returns the control steps of all."
+    folder, paths, styles = Path(folder), [], scripted_styles(kind, len(seeds), seeds[0])
     folder.mkdir(parents=True, exist_ok=True)
     for i in progress(range(0, len(seeds), shard), f"{simulator.task.name} {kind}"):
         stop_if_asked("the trials so far are kept")
-        path = folder / f"{kind}_{i // shard:05d}.tar"
-        if not path.exists(): write_shard(path, script_trials(simulator, seeds[i:i + shard], styles[i:i + shard]))
-    return Simulator.steps - before
+        part = seeds[i:i + shard]
+        paths.append(folder / f"{kind}_{i // shard:05d}_{part[0]}_{len(part)}.tar")
+        if not paths[-1].exists(): write_shard(paths[-1], script_trials(simulator, part, styles[i:i + shard]))
+    return int(read_shards(paths, stored=True).length.sum())

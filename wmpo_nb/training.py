@@ -2,8 +2,7 @@
 
 # %% auto #0
 __all__ = ['float_copy', 'EMA', 'learning_rate_at', 'Optimizers', 'is_block_matrix', 'make_optimizer', 'fast_precision',
-           'Diverged', 'check_finite', 'naming_checkpoint', 'clip_gradients', 'optimizer_step', 'checkpoint_blocks',
-           'train_step']
+           'Diverged', 'check_finite', 'naming_checkpoint', 'clip_gradients', 'checkpoint_blocks', 'train_step']
 
 # %% ../nbs/03_training.ipynb #5d880f28
 import functools, math, os
@@ -121,12 +120,14 @@ def _last_good(checkpointer) -> str:
 
 # %% ../nbs/03_training.ipynb #2ea2bea6
 def check_finite(loss: float, step: int, checkpointer=None, explosion: float = 100.0):
-    """Raise `Diverged`, naming the last checkpoint, if `loss` is not a finite number, or (with a `checkpointer`, whose
-    `extra` keeps the average) if it is `explosion` times the average of the last fifty."""
+    """Raise `Diverged`, naming the last checkpoint, if `loss` is not a finite number, or (with a `checkpointer`, whose `extra`
+    remembers) if it is `explosion` times the average of the last fifty and more than any of the first twenty."""
     if not math.isfinite(loss): raise Diverged(f"the loss is {loss} at step {step}. {_last_good(checkpointer)}")
     if checkpointer is None: return
     usual, count = checkpointer.extra.get("usual_loss", (0.0, 0))
-    if count >= 20 and loss > explosion * usual:
+    begun = checkpointer.extra.get("first_losses", 0.0)     # one hard example among easy ones is no explosion
+    if count < 20: checkpointer.extra["first_losses"] = max(begun, abs(loss))
+    elif loss > max(explosion * usual, begun):
         raise Diverged(f"the loss explodes: {loss:.3g} at step {step}, where {usual:.3g} was usual. {_last_good(checkpointer)}")
     share = 1 / min(count + 1, 50)
     checkpointer.extra["usual_loss"] = [usual + share * (abs(loss) - usual), count + 1]
@@ -145,24 +146,13 @@ def clip_gradients(parameters, limit: float | None) -> float:
     return float(norm.full_tensor() if is_sharded(norm) else norm)
 
 # %% ../nbs/03_training.ipynb #5c0389c2
-def _apply_gradients(accelerator, model, optimizer, step: int, config, checkpointer) -> float:
+def _apply_gradients(model, optimizer, step: int, config, checkpointer) -> float:
     "Clip, and take the step; returns the norm before clipping."
     norm = clip_gradients(model.parameters(), getattr(config, "grad_clip", None))
     if not math.isfinite(norm): raise Diverged(f"the gradient's norm is {norm} at step {step}. {_last_good(checkpointer)}")
     for group in optimizer.param_groups: group["lr"] = group["initial_lr"] * _schedule(step, config)
     optimizer.step()
     return norm
-
-# %% ../nbs/03_training.ipynb #1af88b97
-def optimizer_step(accelerator, loss, model, optimizer, step: int, config, checkpointer=None) -> float:
-    """Back-propagate `loss`, clip to `config.grad_clip`, and take one step at the scheduled learning rate, in one process.
-
-    `step` counts from 0. Returns the norm before clipping. Raises `Diverged` on a loss that is not a number, or explodes.
-    """
-    check_finite(loss.item(), step, checkpointer)
-    optimizer.zero_grad()
-    accelerator.backward(loss)
-    return _apply_gradients(accelerator, model, optimizer, step, config, checkpointer)
 
 # %% ../nbs/03_training.ipynb #c0644740
 def checkpoint_blocks(module: nn.Module, enabled: bool = True) -> nn.Module:
@@ -198,10 +188,11 @@ def train_step(accelerator, loss_of, batch: tuple, model, optimizer, step: int, 
     """One optimiser step on `batch`, tensors [B, ...] that all processes have drawn alike and of which each takes its share.
 
     `loss_of(*part)` gives means over a part of the batch by name, `loss` among them. Returns them for the whole batch, and
-    `gradient_norm`. The result does not depend on the number of processes or passes, but for rounding. Raises as `optimizer_step`.
+    `gradient_norm`. The result does not depend on the number of processes or passes, but for rounding. `step` counts from 0.
+    Raises `Diverged` on a loss or a norm that is not a number, and on a loss that explodes.
     """
     optimizer.zero_grad()
     terms = _accumulate(accelerator, loss_of, batch)
     check_finite(terms["loss"], step, checkpointer)
     sum_gradients(model.parameters())
-    return terms | {"gradient_norm": _apply_gradients(accelerator, model, optimizer, step, config, checkpointer)}
+    return terms | {"gradient_norm": _apply_gradients(model, optimizer, step, config, checkpointer)}

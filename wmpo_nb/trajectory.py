@@ -134,7 +134,7 @@ class Streams:
 class InitialState(NamedTuple):
     "Where a trial begins. A dream needs only `frame` uint8 [H, W, 3]; a simulator needs the seed `state_id`, or an explicit state."
     state_id: int
-    frame: torch.Tensor
+    frame: torch.Tensor | None
     simulator_state: np.ndarray | None = None
     model_xml: str | None = None
 
@@ -262,13 +262,13 @@ def _check_complete(path):
 # %% ../nbs/05_trajectory.ipynb #142c1a30
 class StoredFrames:
     """Frames uint8 [B, T+1, H, W, 3] that stay in their files. `frames[rows]` and `frames[rows, times]` read what is asked for, as
-    tensors do; memory holds no more than that. `places`: file, first byte and shape of each video."""
-    def __init__(self, places: list[tuple]):
-        self.places, self.shape, self.videos = places, (len(places), *places[0][2]), {}
+    tensors do; memory holds no more than that. `places`: file, first byte and shape of each video, which is `each` if there is none."""
+    def __init__(self, places: list[tuple], each: tuple = ()):
+        self.places, self.shape, self.videos = places, (len(places), *(places[0][2] if places else each)), {}
 
     def __len__(self): return len(self.places)
 
-    def rows(self, index) -> "StoredFrames": return StoredFrames([self.places[row] for row in torch.arange(len(self))[index].tolist()])
+    def rows(self, index) -> "StoredFrames": return StoredFrames([self.places[row] for row in torch.arange(len(self))[index].tolist()], self.shape[1:])
 
     def _video(self, row: int) -> torch.Tensor:
         path, begin, shape = self.places[row]
@@ -278,8 +278,11 @@ class StoredFrames:
         return self.videos[row]
 
     def __getitem__(self, index) -> torch.Tensor:
-        rows, *times = index if isinstance(index, tuple) else (index,)
-        rows, *times = torch.broadcast_tensors(torch.arange(len(self))[rows], *map(torch.as_tensor, times))
+        index = index if isinstance(index, tuple) else (index,)
+        rows, *times = (torch.arange(size)[part] for size, part in zip(self.shape, index))
+        # a slice stands beside the other index, two tensors go together
+        if times and any(isinstance(part, slice) for part in index): rows = rows.view(*rows.shape, *[1] * times[0].dim())
+        rows, *times = torch.broadcast_tensors(rows, *times)
         found = torch.empty(rows.numel(), *self.shape[1 + len(times):], dtype=torch.uint8)
         for picture, row, *time in zip(found, *(numbers.flatten().tolist() for numbers in (rows, *times))):
             picture.copy_(self._video(row)[tuple(time)])

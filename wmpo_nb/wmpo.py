@@ -26,7 +26,7 @@ from .grpo import (action_mask, advantages, keep_groups, success_rewards, token_
 from .policy import adapters_off, load_policy, prepare_policy, save_trained, trained_part
 from .presets import GRPOConfig, UserError, seeds_for
 from .processes import from_main, is_main, my_share, place, processes, start_processes, sum_gradients, sum_over_processes
-from .run import Checkpointer, Run, Stopped, command, open_run, parse_preset, preset_parser, progress, stop_if_asked
+from .run import Checkpointer, Run, Stopped, command, open_run, parse_preset, preset_parser, progress, refuse, stop_if_asked
 from .training import clip_gradients, float_copy, naming_checkpoint
 from .trajectory import InitialState, TrainablePolicy, TrajectoryBatch, World, load_first_frames, read_shards, rollout
 
@@ -387,10 +387,10 @@ def _try_start(best: Best, policy, world, states, config: GRPOConfig, chunks: in
 
 
 def _keep_best(best: Best, policy, world, states, config: GRPOConfig, iteration: int, chunks: int) -> dict:
-    "Validate the mean of the last `config.validate_every` iterations' weights when they are complete; what to log."
+    "Validate the mean of the last `config.validate_every` iterations' weights, or of the fewer that are left at the end; what to log."
     if not config.validate_every: return {}
     best.mean.add()
-    if (iteration + 1) % config.validate_every: return {}
+    if (iteration + 1) % config.validate_every and iteration + 1 < config.iterations: return {}
     with best.mean.tried(): numbers = validate(policy, world, states, config, chunks)
     best.offer(numbers["validation"])
     return numbers
@@ -503,7 +503,9 @@ def _check(args, preset):
     refuse_accumulate(args)
     refuse_greedy(preset)
     if args.save_every < 0: raise UserError(f"--save-every must be at least 0, not {args.save_every}")
-    if args.world == "simulator": return import_module("wmpo_nb.simulator").check_task(preset.task)
+    if args.world == "simulator":
+        refuse(args, ("world_model", "vae", "reward", "data"), "the simulator is the world")
+        return import_module("wmpo_nb.simulator").check_task(preset.task)
     for name in ("world_model", "vae", "reward", "data"):
         if getattr(args, name) is None: raise UserError(f"a dream needs --{name.replace('_', '-')}; see --help")
 
