@@ -26,7 +26,7 @@ from fastcore.basics import patch
 # %% ../nbs/06_simulator.ipynb #6fa5e1f5
 from .presets import PAPER_TASKS, TaskConfig, UserError
 from .run import progress, stop, stop_if_asked, told_to_stop
-from .trajectory import InitialState, TrajectoryBatch, write_shard
+from .trajectory import InitialState, TrajectoryBatch, read_shards, write_shard
 
 # %% ../nbs/06_simulator.ipynb #456a9386
 GL_PACKAGES = "apt-get install libosmesa6 libegl1 libegl-mesa0 libgl1-mesa-dri"
