@@ -40,12 +40,22 @@ def weights(module):
     return torch.cat([value.detach().float().flatten() for value in values])
 
 
-def practise(folder, iterations, history=None, **fields):
-    "GRPO in the bandit, with checkpoints in `folder`; the policy's weights. `fields` of `GRPO` are replaced."
+def practise(folder, iterations, history=None, stop=None, **fields):
+    """GRPO in the bandit, with checkpoints in `folder`; the policy's weights. `fields` of `GRPO` are replaced. Fails in the iteration
+    `stop`, when those before it are saved."""
     policy = test_wmpo.new_policy()
+    def log(iteration, **numbers):
+        if history is not None: history.append(numbers)
+        if iteration == stop: raise KeyboardInterrupt
     train_wmpo(policy, test_wmpo.Brightness(), test_wmpo.STATES, replace(GRPO, iterations=iterations, **fields), chunks=2, temperature=1.0,
-               checkpointer=Checkpointer(folder, 1), log=lambda i, **numbers: history is not None and history.append(numbers))
+               checkpointer=Checkpointer(folder, 1), log=log)
     return weights(policy)
+
+
+def practise_in_part(folder):
+    "Two of three iterations."
+    try: practise(folder, 3, stop=2)
+    except KeyboardInterrupt: pass
 
 
 def spend(folder, history=None, stop=None):
@@ -123,7 +133,7 @@ def work(folder: Path) -> dict:
     history, spent = [], []
     found = {"policy": practise(folder / "whole", 3, history), "online": spend(folder / "online", spent), "dpo": prefer(folder / "dpo"),
              "spent": [(numbers["spent"], numbers["success"]) for numbers in spent]}
-    practise(folder / "part", 2)
+    practise_in_part(folder / "part")
     found["reward"], found["seen"] = judge(folder / "seen")
     return found | {"processes": processes()[1], "batch": vars(batch), "success": numbers["success"], "history": history,
                     "restored": go_back(folder / "lying"), "sft": clone(), "vae": autoencode(), "world_model": dream(), "evaluation": examine()}

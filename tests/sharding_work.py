@@ -46,7 +46,7 @@ def work(folder: Path) -> dict:
     accelerator = start_processes()
     found = {"processes": processes()[1], "held": numbers_held(place(accelerator, test_wmpo.new_policy())), "history": [], "between": held_between()}
     found["policy"] = cluster_work.practise(folder / "whole", 3, found["history"])
-    cluster_work.practise(folder / "part", 2)
+    cluster_work.practise_in_part(folder / "part")
     found["resumed"] = cluster_work.practise(folder / "part", 3)
     found["adapters"] = cluster_work.practise(folder / "adapters", 2, **FRUGAL)
     for name, learn in (("online", cluster_work.spend), ("dpo", cluster_work.prefer)):

@@ -392,7 +392,7 @@ ABLATIONS = {
     "other noise": {str(n): {"practice.noise": n} for n in (1, 2)},
     "rounds": {"2": {"collect.rounds": 2}},
     "flow steps": {str(n): {"world_model.flow_steps": n} for n in (1, 2, 5, 10, 30)},
-    "judge": {"strict": {"reward_training.threshold_beta": 0.5}, "fitted": {"reward_training.steps": 300},
+    "judge": {"F1": {"reward_training.threshold_beta": 1.0}, "strict": {"reward_training.threshold_beta": 0.5}, "fitted": {"reward_training.steps": 300},
               "fitted, two rounds": {"reward_training.steps": 300, "collect.rounds": 2}},
     "alignment": {"off": {"alignment.steps": 0}},
     "dynamic sampling": {"off": {"grpo.accuracy_low": 0.0, "grpo.accuracy_high": 1.0}},
@@ -645,7 +645,9 @@ def flow_steps_jobs(preset: Preset, seed: int) -> list[Job]:
 
 # %% ../nbs/31_experiments.ipynb #26a0d090
 def ablations_jobs(preset: Preset, seed: int) -> list[Job]:
-    names = [(a, v) for a, variants in ABLATIONS.items() if a not in ("flow steps", "alignment") for v in variants]
+    # what is the preset's own already is no variant of it
+    names = [(a, v) for a, variants in ABLATIONS.items() if a not in ("flow steps", "alignment")
+             for v, changes in variants.items() if vary(preset, changes) != (preset, {})]
     return _with_table1(preset, seed, WMPO_CELLS, [ablation_job("ablations", preset, seed, *name) for name in names])
 
 # %% ../nbs/31_experiments.ipynb #9667df8c

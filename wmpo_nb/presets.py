@@ -315,7 +315,8 @@ def _tiny_stack() -> Preset:
         sft=SFTConfig(demonstrations=150, steps=5000, decay_steps=1500),
         vae_training=VAETrainConfig(steps=3000, decay_steps=1500, learning_rate=2e-3),
         pretraining=WorldModelTrainConfig(steps=6000, decay_steps=2000, learning_rate=2.8e-3, muon_learning_rate=0.035),
-        reward_pretraining=RewardTrainConfig(steps=2400, decay_steps=1000))
+        reward_pretraining=RewardTrainConfig(steps=2400, decay_steps=1000),
+        reward_training=replace(Preset().reward_training, threshold_beta=0.5))      # a judge that errs often must not err towards success
 
 def _tiny_tower(task: str, horizon: int, placement: float) -> Preset:
     instruction = task.removesuffix("_free")
