@@ -104,7 +104,7 @@ def test_a_resumed_run_ends_with_the_same_adapters(stage, tmp_path):
     def go(steps, folder):
         checkpointer = folder and Checkpointer(folder, 1)
         if stage == "grpo":
-            return test_wmpo.train(test_wmpo.new_policy(), config=replace(GRPO, iterations=steps), checkpointer=checkpointer)
+            return test_wmpo.train(test_wmpo.new_policy(), config=replace(GRPO, iterations=steps, validate_every=1), checkpointer=checkpointer)
         chunks = torch.rand(12, 8, 7, generator=torch.Generator().manual_seed(1)) * 2 - 1
         config = replace(CLONE, steps=steps, warmup_steps=0, decay_steps=0)
         return train_sft(new_policy(), test_policy.some_frames(12), chunks, config, checkpointer=checkpointer)
