@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from helpers import refusal
-from wmpo_nb import simulator as simulator_room
 from wmpo_nb.demo import Parts, weight_digests
 from wmpo_nb.evaluation import evaluate
 from wmpo_nb.experiments import (ABLATIONS, EXPERIMENTS, KINDS, BranchedDream, Cell, Job, artefact, branch_points, cell_words, cells_of, changed_fields,
