@@ -528,7 +528,7 @@ OTHER_DIFFERENCES += (
     ("baselines", "the optimiser of Table 4", "none", "DPO: beta 0.1, 10 epochs, the best of several rates on 64 more states (`--rates 1`: the paper's); GRPO: the better of two batches"),
     ("start of the judge", "VideoMAE", "VideoMAE-base", "what `--start` names, VideoMAE-base in the recipe; without it random weights"),
     ("which weights of the judge", "-", "the best F1 of checks every 500 steps", "the last ones"),
-    ("threshold of the judge", "-", "best F1 of 20 values from 0.3 to 1, later of 30 from 0 to 1", "best F1 of 49 values from 0.02 to 0.98, the middle one of equals"),
+    ("threshold of the judge", "-", "best F1 of 20 values from 0.3 to 1, later of 30 from 0 to 1", "best F1 of 49 values from 0.02 to 0.98, the middle one of equals; tiny_stack: best F-0.5 (`reward_training.threshold_beta`)"),
     ("positive clips of the judge", "-", "one of each success, its last frame the one before success", "every clip of a success whose last frame shows it"),
     ("cloning of the base policy", "-", "crops and colours; loss also on the stop token; a tenth of the rate after 100,000 steps", "shifts; loss on the action tokens; one rate"),
 )
