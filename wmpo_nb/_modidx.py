@@ -1214,6 +1214,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'wmpo_nb.trajectory.World.judge': ('trajectory.html#world.judge', 'wmpo_nb/trajectory.py'),
                                     'wmpo_nb.trajectory.World.reset': ('trajectory.html#world.reset', 'wmpo_nb/trajectory.py'),
                                     'wmpo_nb.trajectory.World.step': ('trajectory.html#world.step', 'wmpo_nb/trajectory.py'),
+                                    'wmpo_nb.trajectory._as_numbers': ('trajectory.html#_as_numbers', 'wmpo_nb/trajectory.py'),
                                     'wmpo_nb.trajectory._batch_of': ('trajectory.html#_batch_of', 'wmpo_nb/trajectory.py'),
                                     'wmpo_nb.trajectory._check_complete': ('trajectory.html#_check_complete', 'wmpo_nb/trajectory.py'),
                                     'wmpo_nb.trajectory._member': ('trajectory.html#_member', 'wmpo_nb/trajectory.py'),

@@ -259,6 +259,13 @@ def _check_complete(path):
         file.seek(-1024, io.SEEK_END)
         if any(file.read()): raise ValueError("its end is missing")
 
+# %% ../nbs/05_trajectory.ipynb #23c3f2d5
+def _as_numbers(shape: tuple, index: tuple) -> list[torch.Tensor]:
+    "What `index` picks of each dimension, int64, all of one shape. A slice stands beside the other index; two tensors go together."
+    rows, *times = (torch.arange(size)[part] for size, part in zip(shape, index))
+    if times and any(isinstance(part, slice) for part in index): rows = rows.view(*rows.shape, *[1] * times[0].dim())
+    return torch.broadcast_tensors(rows, *times)
+
 # %% ../nbs/05_trajectory.ipynb #142c1a30
 class StoredFrames:
     """Frames uint8 [B, T+1, H, W, 3] that stay in their files. `frames[rows]` and `frames[rows, times]` read what is asked for, as
@@ -278,11 +285,7 @@ class StoredFrames:
         return self.videos[row]
 
     def __getitem__(self, index) -> torch.Tensor:
-        index = index if isinstance(index, tuple) else (index,)
-        rows, *times = (torch.arange(size)[part] for size, part in zip(self.shape, index))
-        # a slice stands beside the other index, two tensors go together
-        if times and any(isinstance(part, slice) for part in index): rows = rows.view(*rows.shape, *[1] * times[0].dim())
-        rows, *times = torch.broadcast_tensors(rows, *times)
+        rows, *times = _as_numbers(self.shape, index if isinstance(index, tuple) else (index,))
         found = torch.empty(rows.numel(), *self.shape[1 + len(times):], dtype=torch.uint8)
         for picture, row, *time in zip(found, *(numbers.flatten().tolist() for numbers in (rows, *times))):
             picture.copy_(self._video(row)[tuple(time)])

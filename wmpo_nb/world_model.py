@@ -93,8 +93,7 @@ def train_world_model(world_model: WorldModel, sample_windows: Callable, config:
                       checkpointer=None, log=None) -> WorldModel:
     """Train on windows and return `world_model` with its averaged weights, in evaluation mode.
 
-    `sample_windows(generator, count)` -> latents [count, C, c + K, h, w] and normalised actions
-    [count, K, A] (A = `stdit.action_dim`: 7, or with earlier actions beside them more).
+    `sample_windows(generator, count)` -> latents [count, C, c + K, h, w] and normalised actions [count, K, A], A = `stdit.action_dim`.
     `log(step, **numbers)` every `config.log_every` steps. The same seed gives the same weights, resumed or not."""
     accelerator, generator = start_processes(), torch.Generator().manual_seed(seed)
     checkpoint_blocks(world_model.stdit, config.activation_checkpointing)
