@@ -585,10 +585,8 @@ def make_lifelong(cell: Cell) -> dict:
 # %% ../nbs/31_experiments.ipynb #244f0da2
 def make_imitation(cell: Cell) -> dict:
     "A base policy from as many more demonstrations as WMPO has had trials (`sft.demonstrations` of this preset says how many)."
-    if not cell.run.is_done("sft"):
-        make_demonstrations(cell.run, cell.preset, 0)
-        train_base_policy(cell.run, cell.preset)
-        cell.run.done("sft")
+    for stage, make in (("demonstrations", lambda: make_demonstrations(cell.run, cell.preset, 0)), ("sft", lambda: train_base_policy(cell.run, cell.preset))):
+        if not cell.run.is_done(stage): make(), cell.run.done(stage)
     policy = OpenVLAOFT.from_pretrained(weights_folder(cell.run) / f"policy_{cell.preset.task.name}")
     return {"round": cell.options["round"], "budget": cell.options["budget"], "method": "imitation", "outcome": outcome(exam(cell, policy))}
 

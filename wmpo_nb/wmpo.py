@@ -468,7 +468,7 @@ def _parser():
 # %% ../nbs/17_wmpo.ipynb #a8f2c001
 def refuse_accumulate(args):
     "Raise `UserError` on an option that practice would ignore."
-    if args.accumulate: raise UserError("practice has no --accumulate: --grpo.micro_batch says how many trajectories a pass takes")
+    refuse(args, ["accumulate"], "--grpo.micro_batch says how many trajectories a pass takes")
 
 def refuse_greedy(preset):
     "Raise `UserError` if the policy would not sample: greedy siblings are all alike, and their probabilities are not defined."
