@@ -366,12 +366,6 @@ def test_dry_run_of_a_training_command(tmp_path):
     assert wrong.returncode == 2 and "--accumulate must be at least 1" in wrong.stderr
 
 
-def test_dry_run_of_what_trains_nothing(capsys):
-    from wmpo_nb.collect import main as collect
-    assert collect(["--dry-run"]) == 2
-    assert "wmpo-collect trains nothing" in capsys.readouterr().err
-
-
 def test_practice_that_measures_its_distance_holds_one_more_policy():
     plain, measured = (estimate(override(TINY, "grpo.start_kl", text), "grpo", CPU) for text in ("false", "true"))
     assert measured.memory["other networks"] - plain.memory["other networks"] == pytest.approx(plain.memory["weights"], rel=0.01)

@@ -169,16 +169,16 @@ def test_an_exam_from_a_file_of_states_is_that_of_its_seeds(tmp_path, capsys):
     "`wmpo-evaluate --states`: the same places of cube and arm give the same trials, whoever says them."
     from wmpo_nb.from_scratch import shipped_weights
     from wmpo_nb.evaluation import main
-    from wmpo_nb.presets import load_preset, seeds_for
-    from wmpo_nb.simulator import Environment
+    from wmpo_nb.presets import UserError, load_preset, seeds_for
+    from wmpo_nb.simulator import Environment, Simulator
     from wmpo_nb.trajectory import save_states
-    env, states, scenes = Environment(load_preset("tiny_lift").task), [], []
+    env, states = Environment(load_preset("tiny_lift").task), []
     for seed in seeds_for("test", 6):
         env.place(seed)
         states.append(env.env.sim.get_state().flatten())
-        scenes.append(env.env.sim.model.get_xml())
+    other = env.env.sim.model.get_xml().replace("0.4", "0.5")
     env.close()
-    save_states(tmp_path / "states.npz", states, scenes)
+    save_states(tmp_path / "states.npz", states, [""] * 6)
     outcomes = {}
     for name, extra in (("seeds", []), ("states", ["--states", str(tmp_path / "states.npz")])):
         assert main(["--policy", str(shipped_weights(load_preset("tiny_lift")) / "policy_lift"), "--output", str(tmp_path / name), "--evaluation.states", "6", *extra]) == 0
@@ -186,6 +186,13 @@ def test_an_exam_from_a_file_of_states_is_that_of_its_seeds(tmp_path, capsys):
         outcomes[name] = record["success"], record["finish_step"]
     assert outcomes["states"] == outcomes["seeds"]
     assert len(set(outcomes["seeds"][1])) > 1, "all trials end alike: the comparison above says nothing"
+    policy = str(shipped_weights(load_preset("tiny_lift")) / "policy_lift")
+    assert main(["--policy", policy, "--output", str(tmp_path / "chosen"), "--evaluation.states", "2", "--selection"]) == 0
+    assert json.loads((tmp_path / "chosen" / "evaluations.json").read_text())["policy"]["state_id"] == seeds_for("selection", 2)
+    assert json.loads((tmp_path / "chosen" / "ledger.json").read_text())["simulator_steps"] > 0
+    assert main(["--policy", policy, "--output", str(tmp_path / "both"), "--selection", "--states", "a.npz"]) == 2
+    with pytest.raises(UserError, match="cannot load another"):         # a table of another size, say, would be ignored
+        Simulator(load_preset("tiny_lift").task, workers=0).reset([InitialState(0, None, states[0], other)])
     (tmp_path / "broken.npz").write_bytes(b"no archive")
     assert main(["--policy", str(shipped_weights(load_preset("tiny_lift")) / "policy_lift"), "--output", str(tmp_path / "out"), "--states", str(tmp_path / "broken.npz")]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) >= 1 and not (tmp_path / "out").exists()

@@ -346,7 +346,6 @@ def message(capsys, *arguments): return refusal(main, capsys, *arguments)
 def test_bad_input_is_answered_before_work(capsys, tmp_path):
     out = ("--output", str(tmp_path / "runs"), "--results", str(tmp_path / "results"))
     assert "different" in message(capsys, "table1", "--seeds", "1", "1", *out)
-    assert "--plan" in message(capsys, "table1", "--dry-run", *out)
     assert "--jobs" in message(capsys, "table1", "--jobs", "0", *out)
     assert "not a finished run" in message(capsys, "table1", "--demo", str(tmp_path), *out)
     assert "nowhere" in message(capsys, "noise", "--weights", "nowhere", *out)

@@ -57,12 +57,24 @@ save_weights(run.folder / "weights.safetensors", model, config=config)
 
 @pytest.mark.parametrize("module, words, ignored", [
     ("sft", "--data d --stats s", "--stats"), ("wmpo", "--world simulator --policy p --vae v", "--vae"), ("demo", "--from-scratch --weights w", "--weights"),
-    ("alignment", "--data d --vae v --stats s --workers 3", "--workers"), ("baselines", "grpo --beta 0.2", "--beta"),
-    ("baselines", "dpo --variant small", "--variant"), ("evaluation", "--policy p --accumulate 2", "--accumulate"), ("collect", "--policy p --accumulate 2", "--accumulate")])
+    ("alignment", "--data d --vae v --stats s --workers 3", "--workers"), ("baselines", "grpo --beta 0.2", "--beta"), ("baselines", "dpo --variant small", "--variant")])
 def test_an_option_that_would_be_ignored_is_refused(module, words, ignored, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "")
     assert import_module(f"wmpo_nb.{module}").main([*words.split(), "--output", str(tmp_path / "run")]) == 2
     assert f"{ignored} would be ignored" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("module, words, why", [
+    ("evaluation", "--policy p --accumulate 2", "nothing is learnt"), ("collect", "--dry-run", "nothing is learnt"),
+    ("wmpo", "--policy p --accumulate 2", "--grpo.micro_batch"), ("baselines", "dpo --accumulate 2", "--grpo.micro_batch"),
+    ("baselines", "grpo --dry-run", "wmpo-estimate"), ("experiments", "table1 --dry-run", "--plan"), ("mimicgen", "states --precision bf16", "no network")])
+def test_an_option_that_a_command_does_not_have_is_answered_with_the_reason(module, words, why, tmp_path, capsys):
+    main = import_module(f"wmpo_nb.{module}").main
+    assert main([*words.split(), "--output", str(tmp_path / "run")]) == 2
+    assert why in capsys.readouterr().err and not (tmp_path / "run").exists()
+    with pytest.raises(SystemExit): main(["--help"])
+    absent = next(word for word in words.split() if word in ("--accumulate", "--dry-run", "--precision"))
+    assert f"  {absent} " not in capsys.readouterr().out
 
 
 def start(output, *arguments):

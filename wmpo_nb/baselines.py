@@ -18,6 +18,7 @@ from torch import Tensor
 
 # %% ../nbs/28_baselines.ipynb #8cc699fb
 from .collect import collect
+from .evaluation import evaluate
 from .from_scratch import shipped_weights
 from .grpo import action_mask
 from .policy import load_policy, prepare_policy, save_trained, trained_part
@@ -28,7 +29,7 @@ from .training import clip_gradients, naming_checkpoint
 from .weights import atomic_write
 from .simulator import Simulator
 from .trajectory import InitialState, TrajectoryBatch
-from .wmpo import NothingToLearn, gather, go_back, mix_seed, refuse_accumulate, refuse_greedy, token_statistics, try_states, update
+from .wmpo import NOT_IN_PRACTICE, NothingToLearn, gather, go_back, mix_seed, refuse_greedy, token_statistics, update
 
 # %% ../nbs/28_baselines.ipynb #f2110a02
 def affordable(config: GRPOConfig, left: int) -> GRPOConfig | None:
@@ -193,11 +194,11 @@ def _online_variant(run: Run, policy, name: str, config: GRPOConfig, workers: in
 # %% ../nbs/28_baselines.ipynb #cac30784
 def _select(run: Run, policy, count: int, workers: int | None) -> float:
     "Greedy success of `policy` on `count` selection states."
-    states, config = [InitialState(s, None) for s in seeds_for("selection", count, run.seed)], replace(run.preset.grpo, group_size=1, rollout_groups=32)
-    with run.stage("selection"), torch.no_grad(), Simulator(run.preset.task, workers) as world:
-        _, outcome = try_states(policy, world, states, config, chunks=run.preset.task.chunks, temperature=0.0, seed=0)
-        run.ledger.add(simulator_steps=outcome[:, 1].sum())
-    return float(outcome[:, 0].mean())
+    states, before = [InitialState(s, None) for s in seeds_for("selection", count, run.seed)], Simulator.steps
+    with run.stage("selection"), Simulator(run.preset.task, workers, every_frame=False) as world:
+        found = evaluate(policy, world, states, chunks=run.preset.task.chunks)
+        run.ledger.add(simulator_steps=sum_over_processes(torch.tensor(Simulator.steps - before)))
+    return found.rate
 
 # %% ../nbs/28_baselines.ipynb #fd573b96
 def _keep(chosen: Path, folder: Path):
@@ -255,11 +256,13 @@ def run_dpo(run: Run, load_start, batch: TrajectoryBatch, *, rates=RATES, beta: 
     return try_variants(run, load_start, {f"{rate:g}": partial(train, rate=rate) for rate in sorted(rates)}, selection, workers)
 
 # %% ../nbs/28_baselines.ipynb #bd913357
+_ABSENT = NOT_IN_PRACTICE | {"--dry-run": "its time is the simulator's; wmpo-estimate --stage grpo tells the memory of an update"}
+
 def _parser():
     parser = preset_parser("wmpo-baseline", "The paper's baselines at equal real budget: P is --collect.trajectories.",
                            "wmpo-baseline grpo --output runs/grpo\nwmpo-baseline grpo --variant small --collect.trajectories 512 --output runs/small\n"
                            "wmpo-baseline dpo --policy runs/sft/policy --rates 0.01 0.1 --beta 0.1 --output runs/dpo\n"
-                           "accelerate launch --config_file configs/accelerate/fsdp2_8.yaml -m wmpo_nb.baselines grpo --preset coffee_128 ...")
+                           "accelerate launch --config_file configs/accelerate/fsdp2_8.yaml -m wmpo_nb.baselines grpo --preset coffee_128 ...", without=_ABSENT)
     parser.add_argument("method", choices=("grpo", "dpo"), help="online GRPO in the simulator, or DPO on P recorded trajectories")
     parser.add_argument("--policy", type=Path, metavar="DIR", help="folder of the base policy (default: the shipped one of the task)")
     parser.add_argument("--workers", type=int, metavar="N", help="simulator processes (default: one per core, at most 8; 0: none)")
@@ -300,12 +303,9 @@ def _settings(args) -> list[str]:
 @command
 def main(argv=None):
     "Console script `wmpo-baseline`."
-    if "--dry-run" in (sys.argv if argv is None else argv):
-        raise UserError("no estimate of wmpo-baseline: its time is the simulator's; wmpo-estimate --stage grpo tells the memory of an update")
     args, preset = parse_preset(_parser(), argv, can_shard=True)
     if args.epochs < 1 or args.beta <= 0: raise UserError(f"--epochs and --beta must be positive, not {args.epochs} and {args.beta}")
     if min(args.rates) <= 0 or len(set(args.rates)) < len(args.rates): raise UserError(f"--rates must be positive and different: {args.rates}")
-    refuse_accumulate(args)
     if args.method == "grpo": refuse(args, ("rates", "beta", "epochs", "cache"), "online GRPO has neither pairs nor recordings")
     else: refuse(args, ["variant"], "DPO has no batches of trials")
     refuse_greedy(preset)

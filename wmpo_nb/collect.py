@@ -12,7 +12,7 @@ from pathlib import Path
 from .policy import OpenVLAOFT, load_policy
 from .presets import Preset, seeds_for
 from .processes import is_main, processes, start_processes, wait_for_all
-from .run import command, open_run, parse_preset, preset_parser, progress, refuse, stop_if_asked
+from .run import LEARNS_NOTHING, command, open_run, parse_preset, preset_parser, progress, stop_if_asked
 from .simulator import Simulator, check_task
 from .trajectory import InitialState, TrajectoryBatch, read_shards, rollout, write_shard
 
@@ -59,12 +59,11 @@ def main(argv=None):
     "Console script `wmpo-collect`: real trajectories of a policy."
     parser = preset_parser("wmpo-collect", "Let a policy act in the simulator and keep its trajectories, successes and failures alike.",
                            "wmpo-collect --policy runs/sft/policy --output runs/collect\n"
-                           "wmpo-collect --policy runs/sft/policy --output runs/p512 --collect.trajectories 512")
+                           "wmpo-collect --policy runs/sft/policy --output runs/p512 --collect.trajectories 512", without=LEARNS_NOTHING)
     parser.add_argument("--policy", required=True, metavar="DIR", help="folder of the policy: ours, or a released one")
     parser.add_argument("--stats", metavar="FILE", help="dataset_statistics.json, if the folder has none")
     parser.add_argument("--workers", type=int, metavar="N", help="simulator processes (default: one per core, at most 8)")
     args, preset = parse_preset(parser, argv)
-    refuse(args, ["accumulate"], "nothing is learnt here")
     check_task(preset.task)
     policy = load_policy(args.policy, preset, args.stats).to(start_processes().device)
     run = open_run(args, preset, "wmpo-collect", ("policy", "stats"))

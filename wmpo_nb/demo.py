@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['TRAINED', 'FAST', 'Parts', 'weight_digests', 'gather_trajectories', 'align_world_model', 'fit_reward', 'practise',
            'share', 'iterations_of', 'at_first_frames', 'one_round', 'check_rounds', 'run_rounds', 'practice_log',
-           'examine', 'compare_worlds', 'score_reward', 'films', 'make_record', 'run_demo', 'main']
+           'compare_worlds', 'score_reward', 'films', 'make_record', 'run_demo', 'main']
 
 # %% ../nbs/22_demo.ipynb #c23252c2
 import hashlib, json, platform, sys
@@ -19,13 +19,13 @@ import torch
 from .alignment import align, encode_windows, load_world_model, refuse_replay, save_world_model
 from .collect import collect
 from .dream import Dream
-from .evaluation import Evaluation, agreement, evaluate, replay, success_table
+from .evaluation import Evaluation, agreement, evaluate_all, replay, success_table
 from .from_scratch import make_weights, shipped_weights, stage_checkpoints, stage_log
 from .policy import OpenVLAOFT, check_config
 from .presets import GRPOConfig, Preset, UserError, seeds_for
 from .report import save_record, write_report
 from .reward import f1_score, judge, load_reward, save_reward, train_reward
-from .run import Run, command, open_run, parse_preset, preset_parser, progress, read_metrics, refuse
+from .run import Run, command, open_run, parse_preset, preset_parser, read_metrics, refuse
 from .weights import atomic_write
 from .simulator import Simulator, choose_gl
 from .trajectory import InitialState, TrajectoryBatch, rollout
@@ -173,23 +173,6 @@ def practice_log(folder: Path) -> list[dict]:
         begun += len(entries)
     return found
 
-# %% ../nbs/22_demo.ipynb #f3a7e0f7
-def examine(run: Run, policies: dict, workers: int | None = None) -> dict:
-    "Evaluations by name on the test states, kept in `evaluations.json` as they come."
-    path, task = run.folder / "evaluations.json", run.preset.task
-    done = json.loads(path.read_text()) if path.exists() else {}
-    missing = [name for name in policies if name not in done]
-    if missing:
-        before = Simulator.steps
-        with run.stage("evaluate"), Simulator(task, workers, every_frame=False) as simulator:
-            states = [InitialState(s, None) for s in seeds_for("test", run.preset.evaluation.states, run.seed)]
-            for name in missing:
-                bar = lambda batches: progress(batches, f"evaluate {name}")
-                done[name] = evaluate(policies[name], simulator, states, chunks=task.chunks, progress=bar).to_dict()
-                with atomic_write(path) as temporary: temporary.write_text(json.dumps(done))
-            run.ledger.add(simulator_steps=Simulator.steps - before)
-    return {name: Evaluation.from_dict(done[name]) for name in policies}
-
 # %% ../nbs/22_demo.ipynb #3b038096
 TRAINED = "after alignment, trained policy"
 
@@ -259,7 +242,8 @@ def run_demo(run: Run, parts: Parts, cache: Path, workers: int | None = None) ->
     "All stages after the weights; returns evaluations, reward scores, agreement by dream, and films."
     preset = run.preset
     dream, policy = run_rounds(run, parts, cache, workers)
-    evaluations = examine(run, {"base policy": parts.base, "after WMPO": policy}, workers)
+    states = [InitialState(s, None) for s in seeds_for("test", preset.evaluation.states, run.seed)]
+    evaluations = evaluate_all(run, {"base policy": parts.base, "after WMPO": policy}, states, workers)
     with run.stage("agreement"):
         real, after = (collect(actor, preset, cache, use="held_out", count=preset.evaluation.held_out, seed=run.seed, workers=workers)
                        for actor in (parts.base, policy))

@@ -4,13 +4,12 @@
 __all__ = ['wilson', 'mcnemar', 'outcome_correlation', 'paired_difference', 'over_trainings', 'Evaluation', 'evaluate',
            'relative_length', 'success_row', 'success_table', 'Tape', 'replay', 'Agreement', 'psnr_by_frame',
            'agreement', 'ssim', 'ssim_by_frame', 'chunk_psnr', 'departures', 'calibration', 'spearman', 'verdict_flips',
-           'main']
+           'evaluate_all', 'main']
 
 # %% ../nbs/18_evaluation.ipynb #840f826a
 import dataclasses, json, math, sys
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 
 # %% ../nbs/18_evaluation.ipynb #b1329a71
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor
 from .policy import load_policy
 from .presets import seeds_for
 from .processes import is_main, processes, start_processes, sum_over_processes
-from .run import command, open_run, parse_preset, preset_parser, progress, refuse, stop_if_asked
+from .run import LEARNS_NOTHING, Run, command, open_run, parse_preset, preset_parser, progress, refuse, stop_if_asked
 from .weights import atomic_write
 from .trajectory import ActionChunk, InitialState, TrajectoryBatch, load_initial_states, rollout
 
@@ -287,35 +286,41 @@ def verdict_flips(first: Tensor, second: Tensor) -> dict:
     return {"differ": differ, "n": n, "share": differ / max(n, 1), "interval": [round(x, 4) for x in wilson(differ, n)]}
 
 # %% ../nbs/18_evaluation.ipynb #9604e595
-def _evaluate_all(policies: dict, preset, states: list[InitialState], path: Path, device) -> dict[str, Evaluation]:
-    "Evaluations by name in the real simulator, kept in `path` as they come; those already there are not repeated."
+def evaluate_all(run: Run, policies: dict, states: list[InitialState], workers: int | None = None) -> dict[str, Evaluation]:
+    "Evaluations by name in the real simulator, kept in the run's `evaluations.json` as they come; those already there are not repeated."
     from wmpo_nb.simulator import Simulator    # needs the simulator's packages
+    path, task, device = run.folder / "evaluations.json", run.preset.task, start_processes().device
     done = json.loads(path.read_text()) if path.exists() else {}
-    with Simulator(preset.task, every_frame=False) as simulator:
-        for name in [name for name in policies if name not in done]:
-            done[name] = evaluate(policies[name].to(device), simulator, states, chunks=preset.task.chunks,
-                                  progress=lambda batches: progress(batches, name)).to_dict()
-            policies[name].cpu()              # a GPU has room for one of them
-            if not is_main(): continue
-            with atomic_write(path) as temporary: temporary.write_text(json.dumps(done))
+    missing = {name: policy for name, policy in policies.items() if name not in done}
+    if missing:
+        with run.stage("evaluate"), Simulator(task, workers, every_frame=False) as simulator:
+            for name, policy in missing.items():
+                before, home = Simulator.steps, next(policy.parameters()).device
+                done[name] = evaluate(policy.to(device), simulator, states, chunks=task.chunks,
+                                      progress=lambda batches: progress(batches, f"evaluate {name}")).to_dict()
+                policy.to(home)                   # a GPU has room for one of those that wait in memory
+                run.ledger.add(simulator_steps=sum_over_processes(torch.tensor(Simulator.steps - before)))
+                if not is_main(): continue
+                with atomic_write(path) as temporary: temporary.write_text(json.dumps(done))
     return {name: Evaluation.from_dict(done[name]) for name in policies}
 
 # %% ../nbs/18_evaluation.ipynb #10476dd1
 def _exam_states(args, preset) -> list[InitialState]:
-    "The first `evaluation.states` of a file of states, or as many seeds nothing else may use."
+    "The first `evaluation.states` of a file of states, or as many seeds of the use that is asked for."
     if args.states: return load_initial_states(args.states)[:preset.evaluation.states]
-    return [InitialState(i, None) for i in seeds_for("test", preset.evaluation.states, args.seed)]
+    return [InitialState(i, None) for i in seeds_for("selection" if args.selection else "test", preset.evaluation.states, args.seed)]
 
 # %% ../nbs/18_evaluation.ipynb #da17aeeb
 def _parser():
     parser = preset_parser("wmpo-evaluate", "Greedy trials in the real simulator, with intervals and a paired test.",
                            "wmpo-evaluate --preset tiny_lift --policy runs/train/policy --output runs/evaluation\n"
                            "wmpo-evaluate --preset tiny_lift --policy runs/train/policy --baseline runs/sft/policy "
-                           "--output runs/evaluation --evaluation.states 64")
+                           "--output runs/evaluation --evaluation.states 64", without=LEARNS_NOTHING)
     parser.add_argument("--policy", required=True, metavar="DIR", help="the policy's folder, from wmpo-train or wmpo-sft")
     parser.add_argument("--baseline", metavar="DIR", help="folder of the policy it is compared with")
     parser.add_argument("--stats", metavar="FILE", help="dataset_statistics.json, if a folder has none")
     parser.add_argument("--states", metavar="FILE", help="initial states of MimicGen (.npz, from wmpo-mimicgen) instead of seeds")
+    parser.add_argument("--selection", action="store_true", help="the seeds that choose between policies, not those of the exam")
     return parser
 
 # %% ../nbs/18_evaluation.ipynb #f628494d
@@ -323,14 +328,15 @@ def _parser():
 def main(argv=None):
     "Console script `wmpo-evaluate`: success rate of a policy in the real simulator, alone or against a baseline."
     args, preset = parse_preset(_parser(), argv)
-    refuse(args, ["accumulate"], "nothing is learnt here")
+    if args.selection: refuse(args, ["states"], "--selection has seeds of its own")
     folders = {"baseline": args.baseline, "policy": args.policy} if args.baseline else {"policy": args.policy}
-    device = start_processes().device
+    start_processes()
     import_module("wmpo_nb.simulator").check_task(preset.task)
     policies = {name: load_policy(folder, preset, args.stats) for name, folder in folders.items()}
     states = _exam_states(args, preset)
-    run = open_run(args, preset, f"wmpo-evaluate --states {args.states}" if args.states else "wmpo-evaluate", ("policy", "baseline", "stats", "states"))
-    with run.stage("evaluate"): evaluations = _evaluate_all(policies, preset, states, run.folder / "evaluations.json", device)
+    chosen = f" --states {args.states}" if args.states else " --selection" * args.selection
+    run = open_run(args, preset, "wmpo-evaluate" + chosen, ("policy", "baseline", "stats", "states"))
+    evaluations = evaluate_all(run, policies, states)
     run.close()
     table = success_table(evaluations)
     if not is_main(): return

@@ -868,7 +868,7 @@ def _parser():
                            "wmpo-experiment agreement --preset tiny_lift --seeds 0 1 2 --jobs 2\n"
                            "wmpo-experiment flow-steps --seeds 0 --only 'truth-*' flow_steps-1\n"
                            "wmpo-experiment table1 --seeds 10 --extend\n"
-                           "wmpo-experiment pages")
+                           "wmpo-experiment pages", without={"--dry-run": "--plan lists its cells, and each notes its minutes"})
     parser.add_argument("experiment", choices=(*EXPERIMENTS, "pages", "cell"), metavar=f"{{{','.join((*EXPERIMENTS, 'pages'))}}}",
                         help="which; `pages` makes all tables and figures again from results/*.json")
     parser.add_argument("--budgets", type=int, nargs="+", metavar="P", help="numbers of real trajectories (default: the preset's)")
@@ -910,7 +910,6 @@ def _check(args, preset: Preset, jobs: list[Job]):
 def main(argv=None):
     "Console script `wmpo-experiment`."
     words = list(sys.argv[1:] if argv is None else argv)
-    if "--dry-run" in words: raise UserError("no estimate of wmpo-experiment: --plan lists its cells, and each notes its minutes")
     args, preset = parse_preset(_parser(), words)
     if args.experiment == "cell" and args.name: return run_cell(args, preset)         # how cells are started
     if args.experiment == "cell": raise UserError("cells are started by the experiment they belong to: see --help, and --only")

@@ -20,7 +20,7 @@ from fastcore.basics import patch
 # %% ../nbs/26_mimicgen.ipynb #2b6d47f7
 from .hub import convert_states
 from .presets import TaskConfig, UserError, seeds_for
-from .run import command, parse_preset, preset_parser, progress
+from .run import LEARNS_NOTHING, command, parse_preset, preset_parser, progress
 from wmpo_nb.simulator import (
     TASKS, Environment, Snapshot, Style, Task, _make, _robosuite, _smooth_noise, _yaw, choose_gl, explain_unknown_task,
     scripted_actions)
@@ -406,7 +406,8 @@ def _parser():
     parser = preset_parser("wmpo-mimicgen", "States and demonstrations of MimicGen's tasks. `render` and `states` need MimicGen.",
                            "wmpo-mimicgen states --preset square_128 --disrupt position --output runs/moved_peg\n"
                            "wmpo-mimicgen convert --source coffee_d0_states.pkl --output runs/coffee_states\n"
-                           "wmpo-mimicgen render --preset square_128 --source square_d0.hdf5 --count 300 --output runs/square_demos", trains=False)
+                           "wmpo-mimicgen render --preset square_128 --source square_d0.hdf5 --count 300 --output runs/square_demos",
+                           without=LEARNS_NOTHING | {"--precision": "no network is used here"})
     parser.add_argument("action", choices=("states", "convert", "render"), help="draw states, convert the authors', or draw demonstrations")
     parser.add_argument("--source", metavar="FILE", help="the authors' states (.pkl), or demonstrations (.hdf5)")
     parser.add_argument("--count", type=int, metavar="N", help="how many (default: evaluation.states, or all demonstrations)")

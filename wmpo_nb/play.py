@@ -25,7 +25,7 @@ from .evaluation import replay
 from .flow import euler_timesteps
 from .presets import Preset, TaskConfig, UserError, load_preset, seeds_for
 from .reward import load_reward
-from .run import command, parse_preset, preset_parser
+from .run import LEARNS_NOTHING, command, parse_preset, preset_parser
 from .weights import atomic_write
 from .simulator import Simulator, choose_gl
 from .trajectory import InitialState, TrajectoryBatch, rollout
@@ -307,7 +307,7 @@ def main(argv=None):
     parser = preset_parser("wmpo-play", "Write a page in which the world model runs in the browser, to be driven with the keyboard.",
                            "wmpo-play                                        # runs/play/play.html, for the shipped networks\n"
                            "wmpo-play --run runs/demo                        # the aligned world model and the judge of a run\n"
-                           "wmpo-play --gif nbs/images/dream.gif             # a dream beside reality instead", trains=False)
+                           "wmpo-play --gif nbs/images/dream.gif             # a dream beside reality instead", without=LEARNS_NOTHING)
     parser.add_argument("--run", type=Path, metavar="DIR", help="world model and judge of this run of wmpo-demo")
     parser.add_argument("--weights", type=Path, metavar="DIR", help="networks (default: the shipped ones)")
     parser.add_argument("--cache", type=Path, default=Path("runs/vendor"), metavar="DIR", help="for onnxruntime-web (default: %(default)s)")

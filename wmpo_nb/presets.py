@@ -379,7 +379,8 @@ def _paper_preset(task: str, budget: int) -> Preset:
 PAPER_VALUES = {
     "stdit.context_timestep": 50.0, "world_model.context_noise": 50.0,
     "pretraining.steps": 12_000_000, "pretraining.ema": 0.9999, "pretraining.grad_clip": 0.1,
-    "alignment.steps": 3_000_000, "alignment.ema": 0.9999, "alignment.grad_clip": 0.1,
+    "alignment.steps": 3_000_000,           # the released configuration does not say: 10,000 is ours
+    "alignment.ema": 0.9999, "alignment.grad_clip": 0.1,
 }
 
 # %% ../nbs/00_presets.ipynb #e6d260f5
@@ -522,7 +523,7 @@ OTHER_DIFFERENCES += (
     ("starts of later draws", "-", "those not drawn yet, until all were", "drawn anew: some may repeat"),
     ("optimiser of the alignment", "-", "state and schedule of pre-training go on", "begins anew, with a warm-up"),
     ("pictures that teach the judge", "-", "as the camera saw them", "as the world model's VAE shows them, like those of a dream"),
-    ("trials that set the judge's threshold", "-", "-", "a quarter, which it is not trained on"),
+    ("trials that set the judge's threshold", "-", "-", "a quarter, which it is not trained on; all where `reward_training.steps` is 0"),
     ("precision of the judge's scores", "-", "float32", "bfloat16 on a GPU; `--precision fp32` says otherwise"),
     ("one optimiser step of GRPO", "128 trajectories", "half a group of each of 32 GPUs: a group spans two steps", "whole groups, 16 of 8"),
     ("baselines", "the optimiser of Table 4", "none", "DPO: beta 0.1, 10 epochs, the best of several rates on 64 more states (`--rates 1`: the paper's); GRPO: the better of two batches"),

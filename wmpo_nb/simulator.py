@@ -287,7 +287,9 @@ def reset(self: Environment, seed: int):
 # %% ../nbs/06_simulator.ipynb #df0fedc2
 @patch
 def reset_to(self: Environment, state, scene: str | None = None):
-    "Begin at simulator state float64 [D] (time, positions, velocities) and let the arm settle. `scene` is MimicGen's (notebook 26)."
+    """Begin at simulator state float64 [D] (time, positions, velocities) and let the arm settle. A `scene` (XML) is for MimicGen's
+    tasks alone (notebook 26): `UserError`, as it would be ignored here."""
+    if scene: raise UserError(f"{self.task.name} has one scene and cannot load another: choose the --preset these states were drawn for")
     self.place(0)
     self.env.sim.set_state_from_flattened(np.asarray(state, np.float64))
     self.env.sim.forward()

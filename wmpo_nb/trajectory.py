@@ -148,7 +148,7 @@ def load_first_frames(folder) -> list[InitialState]:
 
 # %% ../nbs/05_trajectory.ipynb #ecdf7305
 def save_states(path, states, scenes):
-    "Write simulator states float64 [N, D] and their N scenes (XML) to a .npz. Atomic."
+    "Write simulator states float64 [N, D] and their N scenes (XML; '' for a task of ours, which has one) to a .npz. Atomic."
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, states=np.asarray(states, np.float64), model=np.array([scene.encode() for scene in scenes]))
 
