@@ -44,7 +44,8 @@ def held_between() -> tuple[int, int]:
 
 def work(folder: Path) -> dict:
     accelerator = start_processes()
-    found = {"processes": processes()[1], "held": numbers_held(place(accelerator, test_wmpo.new_policy())), "history": [], "between": held_between()}
+    found = {"processes": processes()[1], "held": numbers_held(place(accelerator, test_wmpo.new_policy())), "history": [], "between": held_between(),
+             "exam": cluster_work.examine(place(accelerator, test_wmpo.new_policy()))}
     found["policy"] = cluster_work.practise(folder / "whole", 3, found["history"])
     cluster_work.practise_in_part(folder / "part")
     found["resumed"] = cluster_work.practise(folder / "part", 3)
@@ -77,8 +78,16 @@ def resume(folder: Path) -> dict:
     return {"read": cluster_work.practise(folder / "part", 3), "longer": cluster_work.practise(folder / "part", 4)}
 
 
+def damaged(folder: Path) -> dict:
+    "Go on where one slice file of the last checkpoint is cut, and where both are."
+    found = {"skipped": cluster_work.weights(clone(folder / "last", 4))}
+    try: clone(folder / "all", 4)
+    except UserError as error: found["refused"] = str(error)
+    return found
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    found = {"work": work, "between": between, "resume": resume}[sys.argv[2]](folder)
+    found = {"work": work, "between": between, "resume": resume, "damaged": damaged}[sys.argv[2]](folder)
     torch.save(found, folder / f"found_{os.environ.get('RANK', '0')}.pt")

@@ -366,6 +366,13 @@ def test_dry_run_of_a_training_command(tmp_path):
     assert wrong.returncode == 2 and "--accumulate must be at least 1" in wrong.stderr
 
 
+@pytest.mark.parametrize("precision, said", [("fp32", "float32 compute"), ("bf16", "bfloat16 compute")])
+def test_dry_run_heeds_the_precision(precision, said, capsys):
+    from wmpo_nb.sft import main as clone
+    with pytest.raises(SystemExit): clone(["--dry-run", "--precision", precision])
+    assert said in capsys.readouterr().out
+
+
 def test_practice_that_measures_its_distance_holds_one_more_policy():
     plain, measured = (estimate(override(TINY, "grpo.start_kl", text), "grpo", CPU) for text in ("false", "true"))
     assert measured.memory["other networks"] - plain.memory["other networks"] == pytest.approx(plain.memory["weights"], rel=0.01)

@@ -1,5 +1,7 @@
 "One copy of the policy spread over two processes (FSDP2 on the CPU): the same results, and nobody ever holds it whole."
 
+import shutil
+
 import cluster_work
 import pytest
 import sharding_work
@@ -31,7 +33,7 @@ def found(tmp_path_factory):
         whole = {"policy": cluster_work.practise(alone / "whole", 3, history), "sft": cluster_work.weights(sharding_work.clone(alone / "sft", 4)),
                  "online": cluster_work.spend(alone / "online"), "dpo": cluster_work.prefer(alone / "dpo"),
                  "adapters": cluster_work.practise(alone / "adapters", 2, **sharding_work.FRUGAL), "history": history,
-                 "world_model": cluster_work.dream(decay_steps=0)}
+                 "world_model": cluster_work.dream(decay_steps=0), "exam": cluster_work.examine()}
     return whole, [torch.load(two / f"found_{rank}.pt", weights_only=True) for rank in (0, 1)], two
 
 
@@ -88,6 +90,22 @@ def test_what_is_saved_is_whole(found):
 
 def test_a_sharded_checkpoint_is_not_taken_for_a_whole_one(found):
     with pytest.raises(UserError, match="written with sharding.*as it was launched"): cluster_work.practise(found[2] / "whole", 3)
+
+
+def test_processes_with_unequally_many_batches_examine_a_shared_policy(found):
+    for each in found[1]: assert torch.equal(each["exam"], found[0]["exam"])
+
+
+def test_a_damaged_slice_is_skipped_or_refused(found, tmp_path):
+    for name, count in (("last", 1), ("all", 2)):
+        shutil.copytree(found[2] / "sft", tmp_path / name)
+        for checkpoint in sorted((tmp_path / name).glob("step_*"))[-count:]:
+            cut = sorted((checkpoint / "shards").glob("*.distcp"))[0]
+            cut.write_bytes(cut.read_bytes()[:cut.stat().st_size // 2])
+    launch(tmp_path, "damaged")
+    for rank, whole in enumerate(found[1]):
+        each = torch.load(tmp_path / f"found_{rank}.pt", weights_only=True)
+        assert torch.equal(each["skipped"], whole["sft"]) and "no checkpoint in" in each["refused"]
 
 
 def test_three_processes_go_on_with_the_slices_of_two(found, tmp_path):

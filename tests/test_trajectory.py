@@ -126,6 +126,32 @@ def test_what_nobody_reads_in_a_released_shard_is_skipped(tmp_path):
     assert torch.equal(read_shards(tmp_path).frames, a_batch()[:1].frames)
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", '{"a": {}}', '{"a": {"action": {"q01": [0, 1]}}}', '{"a": {"action": {"q01": "x", "q99": "y"}}}', "no json"])
+def test_statistics_of_another_kind_are_refused(tmp_path, content):
+    (tmp_path / "stats.json").write_text(content)
+    with pytest.raises(UserError, match="stats.json"): load_stats(tmp_path / "stats.json")
+
+
+def test_statistics_need_no_name(tmp_path):
+    "Some files hold one entry, and not by name."
+    (tmp_path / "stats.json").write_text(json.dumps({"action": {"q01": [-1.0] * 7, "q99": [2.0] * 7}, "proprio": {}}))
+    for key in (None, "coffee_d0_300_demos"):
+        stats = load_stats(tmp_path / "stats.json", key)
+        assert stats.q99.tolist() == [2.0] * 7 and stats.mask.tolist() == [True] * 6 + [False]
+
+
+def test_stored_frames_have_the_size_they_say(tmp_path):
+    "Else the bytes of the next member would be looked at as pictures."
+    path = tmp_path / "a.tar"
+    write_shard(path, a_batch()[:1])
+    data = path.read_bytes()
+    start = data.index(b"'shape': (")
+    header = data[start:data.index(b"}", start)]
+    first = header.split(b"(")[1].split(b",")[0]
+    path.write_bytes(data.replace(header, header.replace(b"(" + first, b"(" + b"9" * len(first)), 1))
+    with pytest.raises(UserError, match="damaged"): read_shards(tmp_path, stored=True)
+
+
 def test_stored_frames_must_be_pictures(tmp_path):
     write_shard(tmp_path / "a.tar", a_batch())
     write_shard(tmp_path / "b.tar", replace(a_batch(), frames=a_batch().frames.float()))

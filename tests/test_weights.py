@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from wmpo_nb.presets import UserError, WorldModelTrainConfig
-from wmpo_nb.weights import atomic_write, fingerprint, from_bytes, load_into, load_metrics, load_weights, save_weights
+from wmpo_nb.weights import atomic_write, fingerprint, from_bytes, load_into, load_metrics, load_tensors, load_weights, save_weights
 
 
 def test_atomic_write_keeps_the_old_file(tmp_path):
@@ -93,3 +93,9 @@ def test_bytes_are_a_quarter_of_the_file_and_load_into_a_network(tmp_path):
 def test_names_that_only_look_like_steps_stay():
     state = {"clock": torch.ones(2), "clock.step": torch.ones(3), "small": torch.ones(2, 2, dtype=torch.int8)}
     assert from_bytes(state).keys() == state.keys()
+
+
+@pytest.mark.parametrize("content", ["no json", "{}", "[]"])
+def test_a_damaged_index_is_named(tmp_path, content):
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(UserError, match="index.json is no index of weights"): load_tensors(tmp_path)

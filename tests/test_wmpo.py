@@ -244,6 +244,20 @@ def test_the_mean_of_the_last_iterations_is_tried_and_practice_does_not_notice(t
     assert torch.equal(weights(policy), weights(practise(2, policy=new_policy(seed=5), folder=tmp_path)[0]))
 
 
+@pytest.mark.parametrize("every", [2, 9])
+def test_what_was_learned_before_an_early_end_is_not_thrown_away(every):
+    "The world calls everything success from the fourth iteration on: the mean since the last validation is tried like any other."
+    policy, world, latest = new_policy(), Brightness(), []
+    judge = world.judge
+    def log(iteration, **numbers):
+        latest.append(weights(policy))
+        if iteration == 2: world.judge = Always(True).judge
+    with pytest.raises(NothingToLearn) as found: train(policy, world, replace(CONFIG, iterations=6, validate_every=every), log=log)
+    assert judge is not world.judge and len(latest) == 3
+    torch.testing.assert_close(weights(policy), latest[2] if every == 2 else torch.stack(latest).mean(0), atol=1e-6, rtol=0)
+    assert found.value.numbers["validation"] == 1.0
+
+
 def test_without_validation_the_last_policy_is_kept():
     latest, policy = [], new_policy()
     train(policy, config=replace(CONFIG, validate_every=0), log=lambda iteration, **numbers: latest.append((weights(policy), "validation" in numbers)))

@@ -175,6 +175,7 @@ def imagine_trajectory(world_model: WorldModel, first: torch.Tensor, actions_n: 
     """Dream from first latents [B, C, 1, h, w] along normalised actions [B, T, 7]: latents [B, C, T + 1, h, w]. A last chunk that is
     not whole is dreamt with idle actions, and cut."""
     context, chunk, T = world_model.config.context_frames, world_model.config.chunk_size, actions_n.shape[1]
+    first, actions_n = (x.to(next(world_model.parameters()).device) for x in (first, actions_n))
     video = first.repeat(1, 1, context, 1, 1)
     actions_n = torch.cat([actions_n, actions_n.new_zeros(len(actions_n), -T % chunk, 7)], 1)
     for actions in action_inputs(actions_n, world_model.config.action_history).split(chunk, 1):
@@ -188,7 +189,7 @@ def latent_error(world_model: WorldModel, windows: LatentWindows, trajectories, 
     "Mean squared latent error of open-loop dreams by frame, float32 [T + 1], on `trajectories` int64 [N]; frames that repeat the last one count."
     real = windows.latents[trajectories].float().transpose(1, 2)
     dream = imagine_trajectory(world_model, real[:, :, :1], windows.actions_n[trajectories], generator)
-    return (dream - real).square().mean((0, 1, 3, 4))
+    return (dream.to(real.device) - real).square().mean((0, 1, 3, 4))
 
 # %% ../nbs/13_alignment.ipynb #fbad1638
 def _oxe_options(parser):

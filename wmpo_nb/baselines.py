@@ -288,8 +288,9 @@ def _dpo_command(run: Run, load, args) -> dict:
     device = start_processes().device
     with run.stage("collect"):
         batch = collect(load().to(device), run.preset, args.cache, seed=run.seed, workers=args.workers, stored=True)
-        # set, not added: a resumed run counts the shards it finds
-        run.ledger.real_trajectories, run.ledger.simulator_steps = len(batch), int(batch.length.sum())
+    if not run.is_done("collect"):
+        run.ledger.add(real_trajectories=len(batch), simulator_steps=int(batch.length.sum()))
+        run.done("collect")
     return run_dpo(run, load, batch, rates=args.rates, beta=args.beta, epochs=args.epochs, selection=args.selection, workers=args.workers)
 
 # %% ../nbs/28_baselines.ipynb #19c2b7ca

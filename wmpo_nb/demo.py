@@ -23,6 +23,7 @@ from .evaluation import Evaluation, agreement, evaluate_all, replay, success_tab
 from .from_scratch import make_weights, shipped_weights, stage_checkpoints, stage_log
 from .policy import OpenVLAOFT, check_config
 from .presets import GRPOConfig, Preset, UserError, seeds_for
+from .processes import start_processes
 from .report import save_record, write_report
 from .reward import f1_score, judge, load_reward, save_reward, train_reward
 from .run import Run, command, open_run, parse_preset, preset_parser, read_metrics, refuse
@@ -34,17 +35,17 @@ from .wmpo import NothingToLearn, first_frames, mix_seed, refuse_greedy, train_w
 
 # %% ../nbs/22_demo.ipynb #47fc7504
 class Parts:
-    "The networks a run starts from, read from a folder of weights. Raises `UserError` when one is missing or damaged."
+    "The networks a run starts from, read from a folder of weights to this process's device. Raises `UserError` when one is missing or damaged."
     def __init__(self, folder: Path, preset: Preset):
-        self.folder, self.preset = Path(folder), preset
+        self.folder, self.preset, self.device = Path(folder), preset, start_processes().device
         check_config(self.folder / f"policy_{preset.task.name}", preset)
         self.base = self.policy()
-        self.vae, self.stats = load_vae(self.folder / "vae.safetensors"), self.base.stats
+        self.vae, self.stats = load_vae(self.folder / "vae.safetensors").to(self.device), self.base.stats
         self.world_model(), self.classifier()      # fail now rather than after minutes of work
 
-    def policy(self): return OpenVLAOFT.from_pretrained(self.folder / f"policy_{self.preset.task.name}")
-    def world_model(self): return load_world_model(self.folder / "world_model.safetensors", self.preset.world_model, self.preset)
-    def classifier(self): return load_reward(self.folder / "reward.safetensors", preset=self.preset)
+    def policy(self): return OpenVLAOFT.from_pretrained(self.folder / f"policy_{self.preset.task.name}").to(self.device)
+    def world_model(self): return load_world_model(self.folder / "world_model.safetensors", self.preset.world_model, self.preset).to(self.device)
+    def classifier(self): return load_reward(self.folder / "reward.safetensors", preset=self.preset).to(self.device)
 
 
 def weight_digests(folder: Path, preset: Preset) -> dict[str, str]:
@@ -75,7 +76,7 @@ def align_world_model(run: Run, parts: Parts, batch: TrajectoryBatch):
                                 checkpointer=stage_checkpoints(run, "align", run.preset.alignment))
             save_world_model(path, world_model)
         run.done("align")
-    return load_world_model(path, run.preset.world_model)
+    return load_world_model(path, run.preset.world_model).to(start_processes().device)
 
 # %% ../nbs/22_demo.ipynb #21043fc3
 def fit_reward(run: Run, parts: Parts, batch: TrajectoryBatch):
@@ -87,7 +88,7 @@ def fit_reward(run: Run, parts: Parts, batch: TrajectoryBatch):
                                       log=stage_log(run, "reward"), checkpointer=stage_checkpoints(run, "reward", config))
             save_reward(path, classifier)
         run.done("reward")
-    return load_reward(path)
+    return load_reward(path).to(start_processes().device)
 
 # %% ../nbs/22_demo.ipynb #2a3d0856
 def practise(run: Run, policy, dream: Dream, states: list[InitialState], *, number: int = 0, config: GRPOConfig | None = None,
@@ -96,7 +97,7 @@ def practise(run: Run, policy, dream: Dream, states: list[InitialState], *, numb
     `snapshots/`; another `noise`, another course. Raises `RuntimeError` if a simulator step was taken meanwhile."""
     config, before = config or run.preset.grpo, Simulator.steps
     seed = mix_seed(run.seed, number + 1000 * noise) if number or noise else run.seed
-    if run.is_done("grpo"): return OpenVLAOFT.from_pretrained(run.folder / "policy")
+    if run.is_done("grpo"): return OpenVLAOFT.from_pretrained(run.folder / "policy").to(start_processes().device)
     def log(iteration, **numbers):
         run.ledger.add(imagined_frames=numbers["frames"])
         run.log("grpo", iteration, **numbers)
@@ -113,7 +114,7 @@ def practise(run: Run, policy, dream: Dream, states: list[InitialState], *, numb
     policy.save_pretrained(run.folder / "policy")
     run.done("grpo")
     # with adapters merged, as a resumed run will find it: the next round's trials are named after these weights
-    return OpenVLAOFT.from_pretrained(run.folder / "policy") if config.lora_rank else policy
+    return OpenVLAOFT.from_pretrained(run.folder / "policy").to(start_processes().device) if config.lora_rank else policy
 
 # %% ../nbs/22_demo.ipynb #099cd3c8
 def share(total: int, rounds: int, number: int) -> int:

@@ -538,7 +538,10 @@ def stages_of(preset: Preset) -> tuple:
     return tuple(stage for stage in STAGES if (tiny or stage != "vae_training") and getattr(getattr(preset, stage), "steps", 1))
 
 # %% ../nbs/25_estimate.ipynb #0a952318
-def _bf16(device: Device) -> bool: return device.name != "cpu" or torch.cpu._is_avx512_bf16_supported()     # as `fast_precision` decides
+def _bf16(device: Device, choice: str = "auto") -> bool:
+    "Whether products are of bfloat16, as `fast_precision` decides; `choice` is that of --precision."
+    if choice != "auto": return choice == "bf16"
+    return device.name != "cpu" or torch.cpu._is_avx512_bf16_supported()
 
 # %% ../nbs/25_estimate.ipynb #f48baef8
 def _sharding(used: bool, reshard) -> str: return "none" if not used else "zero2" if str(reshard).lower() == "false" else "fsdp"
@@ -547,7 +550,7 @@ def launched_setup(environment) -> Setup:
     "The setup that the launcher's variables in `environment` (such as `os.environ`) describe, on this device."
     sharding, device = _sharding(environment.get("ACCELERATE_USE_FSDP") == "true", environment.get("FSDP_RESHARD_AFTER_FORWARD")), this_device()
     passes = int(environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"))
-    return Setup(device, int(environment.get("WORLD_SIZE", "1")), sharding, bf16=_bf16(device), passes=passes)
+    return Setup(device, int(environment.get("WORLD_SIZE", "1")), sharding, bf16=_bf16(device, environment.get("WMPO_PRECISION", "auto")), passes=passes)
 
 # %% ../nbs/25_estimate.ipynb #c28eddcf
 def configured_setup(path, device: Device) -> Setup:
@@ -573,7 +576,8 @@ def dry_run(command: str, args, preset: Preset):
     if command == "wmpo-train-reward": stages = ("reward_training" if args.start or not preset.reward_pretraining.steps else "reward_pretraining",)
     if command == "wmpo-train-world-model": stages = ("alignment",) if args.align else ("pretraining",)
     if getattr(args, "world", "dream") == "simulator": raise UserError("the estimate knows GRPO in the dream: leave out --world simulator")
-    setup = launched_setup(os.environ)
+    chosen = getattr(args, "precision", None)
+    setup = launched_setup(os.environ | ({"WMPO_PRECISION": chosen} if chosen else {}))
     setup = replace(setup, passes=getattr(args, "accumulate", None) or setup.passes)
     if os.environ.get("RANK", "0") == "0": report(preset, stages, setup, 0.35)      # one answer is enough
 

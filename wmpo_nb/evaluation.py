@@ -20,7 +20,7 @@ from torch import Tensor
 # %% ../nbs/18_evaluation.ipynb #de4ed606
 from .policy import load_policy
 from .presets import seeds_for
-from .processes import is_main, processes, start_processes, sum_over_processes
+from .processes import is_main, my_share, start_processes, sum_over_processes
 from .run import LEARNS_NOTHING, Run, command, open_run, parse_preset, preset_parser, progress, refuse, stop_if_asked
 from .weights import atomic_write
 from .trajectory import ActionChunk, InitialState, TrajectoryBatch, load_initial_states, rollout
@@ -99,15 +99,17 @@ class Evaluation:
 def evaluate(policy, world, states: list[InitialState], *, chunks: int, batch: int = 32, seed: int = 0,
              temperature: float = 0.0, progress=iter) -> Evaluation:
     """One trial of `chunks` chunks from each of `states`, `batch` at a time; greedy at temperature 0.
-    `progress` wraps a list with an entry for each round of batches, for instance in a progress bar. Processes share the batches."""
-    starts, (rank, total) = list(range(0, len(states), batch)), processes()
+    `progress` wraps a list with an entry for each round of batches, for instance in a progress bar. Processes share the batches: some
+    do the last one too and keep nothing of it, so that all ask a policy whose weights are shared equally often."""
+    starts, mine = list(range(0, len(states), batch)), my_share(math.ceil(len(states) / batch), evenly=True)
     if isinstance(policy, torch.nn.Module): policy.eval()
     table = torch.zeros(3, len(states), dtype=torch.int64)
-    for first in progress(list(range(0, len(starts), total))):       # a batch each for the processes there are
+    for number in progress(list(mine)):
         stop_if_asked("this policy's trials will be done again")
-        for i in starts[first + rank:first + rank + 1]:
-            trial = rollout(policy, world, states[i:i + batch], chunks=chunks, temperature=temperature, seed=seed)
-            table[:, i:i + batch] = torch.stack([getattr(trial, f.name).cpu().long() for f in dataclasses.fields(Evaluation)])
+        i = starts[min(number, len(starts) - 1)]
+        trial = rollout(policy, world, states[i:i + batch], chunks=chunks, temperature=temperature, seed=seed)
+        if number >= len(starts): continue
+        table[:, i:i + batch] = torch.stack([getattr(trial, f.name).cpu().long() for f in dataclasses.fields(Evaluation)])
     state_id, success, finish_step = sum_over_processes(table)
     return Evaluation(state_id, success.bool(), finish_step)
 

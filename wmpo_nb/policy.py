@@ -558,7 +558,8 @@ def check_kind(folder: Path, names):
 def check_lineage(folder: Path, keys):
     "Raise `UserError` unless config.json and weights `keys` are those of OpenVLA-OFT's fork of transformers, 4.40."
     path = folder / "config.json"
-    record = json.loads(path.read_text()) if path.exists() else {}
+    try: record = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error: raise UserError(f"{path} is damaged ({error}): fetch it again") from None
     kind, version = record.get("model_type", "openvla"), str(record.get("transformers_version", "4.40"))
     if kind != "openvla": raise UserError(f"{folder} is a '{kind}' policy and not 'openvla': give an OpenVLA-OFT checkpoint")
     renamed = any(key.startswith("model.") for key in keys)         # as transformers names them from 4.52 on

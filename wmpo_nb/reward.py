@@ -261,10 +261,11 @@ def calibrate(classifier: SuccessClassifier, batch: TrajectoryBatch, beta: float
 def split_trajectories(success: torch.Tensor, held_out_share: float, generator: torch.Generator) -> tuple:
     """Random (training, held-out) indices of trajectories with outcomes `success` bool [N]; at least one is held out.
 
-    A threshold cannot be set without a success: if chance holds out none and there are two or more, one changes places."""
+    Neither part can do without a success: if chance gives all to one and there are two or more, one changes places."""
     order, held_out = torch.randperm(len(success), generator=generator), max(1, round(held_out_share * len(success)))
-    lucky = (held_out + success[order[held_out:]].nonzero()[:, 0]).tolist()
-    if not success[order[:held_out]].any() and len(lucky) > 1: order[[0, lucky[0]]] = order[[lucky[0], 0]]
+    lucky = success[order].nonzero()[:, 0].tolist()              # where the successes are, in this order
+    if len(lucky) > 1 and lucky[0] >= held_out: order[[0, lucky[0]]] = order[[lucky[0], 0]]
+    elif len(lucky) > 1 and lucky[-1] < held_out < len(order): order[[lucky[0], held_out]] = order[[held_out, lucky[0]]]
     return order[held_out:], order[:held_out]
 
 # %% ../nbs/14_reward.ipynb #1b59929f

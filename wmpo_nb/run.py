@@ -103,13 +103,17 @@ def _states(self: Checkpointer) -> dict:
 def _sharded(self: Checkpointer) -> bool: return any(isinstance(o, ShardedOptimizer) for o in self.objects.values())
 
 # %% ../nbs/04_run.ipynb #d4eaea62
+def _reason(error) -> str:
+    "One line about `error`, which may say nothing."
+    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+
 def _shard_errors(function, *arguments, **options):
     "Call one of `torch.distributed.checkpoint`'s functions; what fails in any process becomes an `OSError` in all."
     from torch.distributed.checkpoint.api import CheckpointException
     try: function(*arguments, **options)
     except CheckpointException as error:
         first = next(iter(error.failures.values()))[0]
-        raise OSError(getattr(first, "errno", None), getattr(first, "strerror", None) or str(first).splitlines()[0]) from None
+        raise OSError(getattr(first, "errno", None), _reason(first)) from None
 
 def _save_shards(folder: Path, states: dict):
     from torch.distributed.checkpoint import save
@@ -138,8 +142,7 @@ def _write(self: Checkpointer, folder: Path, step: int):
 def _cannot_write(self: Checkpointer, error) -> UserError:
     "The error of a checkpoint that could not be written, as one line."
     saved, free = self.saved(), shutil.disk_usage(self.folder if self.folder.exists() else ".").free / 1e6
-    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-    return UserError(f"cannot write a checkpoint to {self.folder} ({reason}; {free:.0f} MB free). Last good checkpoint: "
+    return UserError(f"cannot write a checkpoint to {self.folder} ({_reason(error)}; {free:.0f} MB free). Last good checkpoint: "
                      f"{saved[-1] if saved else 'none'}. Make room, then go on with --resume")
 
 # %% ../nbs/04_run.ipynb #01ba2558
@@ -197,8 +200,11 @@ def _read(self: Checkpointer, path: Path) -> tuple[dict, dict]:
 # %% ../nbs/04_run.ipynb #83b45b2f
 @patch
 def restore(self: Checkpointer) -> int:
-    "Load the newest checkpoint that every process can read into the registered objects and return its step; 0 if there is none."
-    for path in from_main(self.saved())[::-1]:
+    """Load the newest checkpoint that every process can read into the registered objects and return its step; 0 if there is none.
+
+    A sharded one is read into the weights themselves: `UserError` if none is readable, as they may have changed halfway."""
+    saved = from_main(self.saved())
+    for path in saved[::-1]:
         try:
             state, extra = self._read(path)
             state["objects"] |= self._read_shards(path)
@@ -209,6 +215,7 @@ def restore(self: Checkpointer) -> int:
         self._load(path, state["objects"])
         _set_random_state(state["random"])
         return state["step"]
+    if saved and self._sharded(): raise UserError(f"no checkpoint in {self.folder} is readable: delete it to start over")
     return 0
 
 # %% ../nbs/04_run.ipynb #f351a456

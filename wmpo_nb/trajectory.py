@@ -6,7 +6,7 @@ __all__ = ['ActionStats', 'save_stats', 'load_stats', 'TrajectoryBatch', 'Stream
            'rollout', 'window_starts', 'window_frames', 'write_shard', 'StoredFrames', 'PickedFrames', 'read_shards']
 
 # %% ../nbs/05_trajectory.ipynb #1a02f74a
-import io, json, tarfile
+import io, json, math, tarfile
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Callable, NamedTuple, Protocol
@@ -61,13 +61,18 @@ def save_stats(path, stats: ActionStats, key: str):
 
 # %% ../nbs/05_trajectory.ipynb #7ed51124
 def load_stats(path, key: str | None = None) -> ActionStats:
-    "Read `dataset_statistics.json`; `key` defaults to its only entry. Raises `UserError` when the file or key is missing."
+    """Read `dataset_statistics.json`: entries by name, or a single one without. `key` defaults to the first name. Raises `UserError`
+    when the file or key is missing, or the file holds something else."""
     try: record = json.loads(Path(path).read_text())
-    except (OSError, json.JSONDecodeError) as error: raise UserError(f"cannot read action statistics {path}: {error}")
-    key = key or next(iter(record))
+    except (OSError, ValueError) as error: raise UserError(f"cannot read action statistics {path}: {error}") from None
+    if not isinstance(record, dict) or not record: raise UserError(f"{path} holds no action statistics")
+    if "q01" in record.get("action", {}): record = {key: record}
+    elif key is None: key = next(iter(record))
     if key not in record: raise UserError(f"no statistics '{key}' in {path}; it holds: {', '.join(record)}. Use the files of this task, or name one of these")
-    action = record[key]["action"]
-    q01, q99 = (torch.tensor(action[q], dtype=torch.float64) for q in ("q01", "q99"))
+    try:
+        action = record[key]["action"]
+        q01, q99 = (torch.tensor(action[q], dtype=torch.float64) for q in ("q01", "q99"))
+    except (KeyError, TypeError, ValueError): raise UserError(f"{path} holds no quantiles q01 and q99 of an action under '{key}'") from None
     return ActionStats(q01, q99, torch.tensor(action.get("mask", [True] * (len(q01) - 1) + [False])))
 
 # %% ../nbs/05_trajectory.ipynb #ce3f0217
@@ -304,6 +309,7 @@ def _place(path, info: tarfile.TarInfo, file) -> tuple:
     if np.lib.format.read_magic(file) != (1, 0): raise ValueError(f"{info.name} is no plain array")
     shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
     if fortran or dtype != np.uint8: raise ValueError(f"{info.name} holds no pictures")
+    if math.prod(shape) != info.size - file.tell(): raise ValueError(f"{info.name} has not the size it says")
     return path, info.offset_data + file.tell(), shape
 
 # %% ../nbs/05_trajectory.ipynb #6540091d

@@ -106,6 +106,7 @@ def encode(self: VAE, frames: torch.Tensor, generator: torch.Generator | None = 
 
     Deterministic (posterior mode) unless a `generator` is given: then the posterior is sampled, as upstream.
     """
+    frames = frames.to(next(self.parameters()).device)
     if frames.ndim == 4: frames = frames[:, None]
     noise = None
     if generator is not None:
@@ -125,7 +126,7 @@ def decode_pixels(self: VAE, latents: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def decode(self: VAE, latents: torch.Tensor) -> torch.Tensor:
     "Latents [B, C, T, h, w] to uint8 frames [B, T, H, W, 3]."
-    return to_frames(self.decode_pixels(latents))
+    return to_frames(self.decode_pixels(latents.to(next(self.parameters()).device)))
 
 # %% ../nbs/09_vae.ipynb #b9afc19d
 @patch

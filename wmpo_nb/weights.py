@@ -177,7 +177,9 @@ def _weight_files(folder: Path) -> dict:
     indices = sorted(folder.glob("*.safetensors.index.json")) or sorted(folder.glob("*.index.json"))
     if indices:
         files = {}
-        for key, name in json.loads(indices[0].read_text())["weight_map"].items(): files.setdefault(name, []).append(key)
+        try: where = json.loads(indices[0].read_text())["weight_map"]
+        except (ValueError, KeyError, TypeError) as error: raise UserError(f"{indices[0]} is no index of weights ({error}): fetch it again") from None
+        for key, name in where.items(): files.setdefault(name, []).append(key)
         return files
     found = sorted(folder.glob("*.safetensors")) or sorted(p for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth"))
     if len(found) != 1:

@@ -386,14 +386,20 @@ def _try_start(best: Best, policy, world, states, config: GRPOConfig, chunks: in
     return numbers | {"start_validation": best.success}
 
 
+def _offer_mean(best: Best, policy, world, states, config: GRPOConfig, chunks: int) -> dict:
+    "Validate the mean of the weights since the last offer, if there are any, and keep it if it is the best; what to log."
+    if not best.mean.count: return {}
+    with best.mean.tried(): numbers = validate(policy, world, states, config, chunks)
+    best.offer(numbers["validation"])
+    return numbers
+
+
 def _keep_best(best: Best, policy, world, states, config: GRPOConfig, iteration: int, chunks: int) -> dict:
     "Validate the mean of the last `config.validate_every` iterations' weights, or of the fewer that are left at the end; what to log."
     if not config.validate_every: return {}
     best.mean.add()
     if (iteration + 1) % config.validate_every and iteration + 1 < config.iterations: return {}
-    with best.mean.tried(): numbers = validate(policy, world, states, config, chunks)
-    best.offer(numbers["validation"])
-    return numbers
+    return _offer_mean(best, policy, world, states, config, chunks)
 
 # %% ../nbs/17_wmpo.ipynb #ee22423c
 def train_wmpo(policy: TrainablePolicy, world: World, states: list[InitialState], config: GRPOConfig, *, chunks: int, temperature: float,
@@ -418,6 +424,9 @@ def train_wmpo(policy: TrainablePolicy, world: World, states: list[InitialState]
             tried = _keep_best(best, policy, world, states, config, iteration, chunks)
             if log: log(iteration, **_together(numbers, tried, before if iteration == first else {}))
             if checkpointer: checkpointer.maybe_save(iteration + 1)
+    except NothingToLearn as reason:                   # the iterations since the last offer have been learned from
+        reason.numbers = _together(reason.numbers, _offer_mean(best, policy, world, states, config, chunks))
+        raise
     finally: best.restore()
     return policy.eval()
 
