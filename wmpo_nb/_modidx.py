@@ -1322,6 +1322,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'wmpo_nb.wmpo._in_all': ('wmpo.html#_in_all', 'wmpo_nb/wmpo.py'),
                               'wmpo_nb.wmpo._iteration': ('wmpo.html#_iteration', 'wmpo_nb/wmpo.py'),
                               'wmpo_nb.wmpo._keep_best': ('wmpo.html#_keep_best', 'wmpo_nb/wmpo.py'),
+                              'wmpo_nb.wmpo._kept': ('wmpo.html#_kept', 'wmpo_nb/wmpo.py'),
                               'wmpo_nb.wmpo._memory': ('wmpo.html#_memory', 'wmpo_nb/wmpo.py'),
                               'wmpo_nb.wmpo._moved': ('wmpo.html#_moved', 'wmpo_nb/wmpo.py'),
                               'wmpo_nb.wmpo._my_blocks': ('wmpo.html#_my_blocks', 'wmpo_nb/wmpo.py'),

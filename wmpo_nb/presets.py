@@ -468,13 +468,15 @@ _MAY_BE_ZERO = ("steps", "warmup_steps", "decay_steps", "iterations", "lora_rank
                 "action_history", "idle_steps", "hard_steps", "margin", "image_shift", "demonstrations", "near_misses", "play",
                 "first_clip_end")
 
+_SHARES = (".ema", ".accuracy_low", ".accuracy_high", ".center_crop")
+
 def _check_range(key: str, value):
     "Raise `UserError` if no field `key` can have this number."
     least = int(type(value) is int and key.split(".")[1] not in _MAY_BE_ZERO)
     if not isinstance(value, (int, float)): return
     if not math.isfinite(value): raise UserError(f"{key} must be finite, not {value}")
     if value < least: raise UserError(f"{key} must be at least {least}, not {value}")
-    if key.endswith("_share") and value > 1: raise UserError(f"{key} is a share, at most 1, not {value}")
+    if key.endswith(("_share", *_SHARES)) and value > 1: raise UserError(f"{key} is a share, at most 1, not {value}")
 
 def override(preset: Preset, key: str, text) -> Preset:
     "A copy of `preset` with the field `stage.field` set. Raises `UserError` when there is none of that name, or the value is none for it."

@@ -188,7 +188,8 @@ def train_step(accelerator, loss_of, batch: tuple, model, optimizer, step: int, 
     """One optimiser step on `batch`, tensors [B, ...] that all processes have drawn alike and of which each takes its share.
 
     `loss_of(*part)` gives means over a part of the batch by name, `loss` among them. Returns them for the whole batch, and
-    `gradient_norm`. The result does not depend on the number of processes or passes, but for rounding. `step` counts from 0.
+    `gradient_norm`. The result does not depend on the number of processes or passes, but for rounding, if
+    `loss_of` treats each example by itself. `step` counts from 0.
     Raises `Diverged` on a loss or a norm that is not a number, and on a loss that explodes.
     """
     optimizer.zero_grad()

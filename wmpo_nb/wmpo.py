@@ -385,7 +385,7 @@ def _try_start(best: Best, policy, world, states, config: GRPOConfig, chunks: in
     best.success = numbers.pop("validation")
     return numbers | {"start_validation": best.success}
 
-
+# %% ../nbs/17_wmpo.ipynb #bae6c944
 def _offer_mean(best: Best, policy, world, states, config: GRPOConfig, chunks: int) -> dict:
     "Validate the mean of the weights since the last offer, if there are any, and keep it if it is the best; what to log."
     if not best.mean.count: return {}
@@ -401,6 +401,15 @@ def _keep_best(best: Best, policy, world, states, config: GRPOConfig, iteration:
     if (iteration + 1) % config.validate_every and iteration + 1 < config.iterations: return {}
     return _offer_mean(best, policy, world, states, config, chunks)
 
+@contextmanager
+def _kept(best: Best, policy, world, states, config: GRPOConfig, chunks: int):
+    "After the block the best policy is there; if it ends early, what was learned since the last offer is tried too."
+    try: yield
+    except NothingToLearn as reason:
+        reason.numbers = _together(reason.numbers, _offer_mean(best, policy, world, states, config, chunks))
+        raise
+    finally: best.restore()
+
 # %% ../nbs/17_wmpo.ipynb #ee22423c
 def train_wmpo(policy: TrainablePolicy, world: World, states: list[InitialState], config: GRPOConfig, *, chunks: int, temperature: float,
                seed: int = 0, checkpointer: Checkpointer | None = None, log=None, run: Run | None = None):
@@ -414,7 +423,7 @@ def train_wmpo(policy: TrainablePolicy, world: World, states: list[InitialState]
     if run and log is None: log = lambda iteration, **numbers: run.log("grpo", iteration, **numbers)
     first = go_back(checkpointer, run, "grpo", policy=best.trained, optimizer=optimizer, waiting=waiting, best=best)
     before = {} if first else _try_start(best, policy, world, states, config, chunks)
-    try:
+    with _kept(best, policy, world, states, config, chunks):
         for iteration in progress(config.iterations, "grpo", first):
             world.film = None if run and config.videos_every and iteration % config.videos_every == 0 else ()
             numbers = _improve(policy, optimizer, world, states, config, waiting, chunks=chunks, temperature=temperature,
@@ -424,10 +433,6 @@ def train_wmpo(policy: TrainablePolicy, world: World, states: list[InitialState]
             tried = _keep_best(best, policy, world, states, config, iteration, chunks)
             if log: log(iteration, **_together(numbers, tried, before if iteration == first else {}))
             if checkpointer: checkpointer.maybe_save(iteration + 1)
-    except NothingToLearn as reason:                   # the iterations since the last offer have been learned from
-        reason.numbers = _together(reason.numbers, _offer_mean(best, policy, world, states, config, chunks))
-        raise
-    finally: best.restore()
     return policy.eval()
 
 # %% ../nbs/17_wmpo.ipynb #6a662ff5
