@@ -81,6 +81,7 @@ def test_every_preset_would_accept_its_own_numbers():
     ({"task.horizon": "30"}, "30 is not a whole number of chunks of 8"),
     ({"grpo.learning_rate": "NaN"}, "finite"), ({"sft.ema": "1.5"}, "at most 1"), ({"grpo.accuracy_low": "5"}, "at most 1"), ({"policy.center_crop": "3"}, "at most 1"),
     ({"alignment.replay_share": "2"}, "at most 1"),
+    ({"policy.bins": "1000"}, "more than the 512 words"), ({"reward_training.batch_size": "1"}, "at least 2"),
     ({"reward_training.mining": "0"}, "at least 1"),
     ({"reward.first_clip_end": "40"}, "first clip ends with frame 40 .* has 33 frames"),
 ])

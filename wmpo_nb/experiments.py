@@ -199,7 +199,7 @@ def artefact(folder: Path, name: str) -> Path:
 # %% ../nbs/31_experiments.ipynb #2bad4cc7
 def policy_of(cell: Cell, method: str) -> OpenVLAOFT:
     "The policy of a cell of Table 1."
-    return cell.parts.policy() if method == "base" else OpenVLAOFT.from_pretrained(artefact(cell.table1(method), "policy"))
+    return cell.parts.policy() if method == "base" else OpenVLAOFT.from_pretrained(artefact(cell.table1(method), "policy")).to(cell.parts.device)
 
 # %% ../nbs/31_experiments.ipynb #bf1fd584
 def exam(cell: Cell, policy, world: Simulator | None = None, states: list | None = None) -> Evaluation:

@@ -416,6 +416,9 @@ def _check_consistent(preset: Preset):
                         "set task.chunk_size, world_model.chunk_size and policy.chunk_size alike")
     for stage in ("task", "policy"):
         if getattr(preset, stage).action_dim != 7: raise UserError(f"{stage}.action_dim is 7: six numbers of the hand's motion and one of the gripper")
+    words = preset.policy.vocab_size - preset.policy.padded_vocab
+    if preset.policy.bins > words: raise UserError(f"policy.bins {preset.policy.bins} is more than the {words} words of the policy")
+    if min(preset.reward_pretraining.batch_size, preset.reward_training.batch_size) < 2: raise UserError("a batch of the judge is half successes, half not: a batch_size of at least 2")
     if preset.task.horizon % chunk: raise UserError(f"task.horizon {preset.task.horizon} is not a whole number of chunks of {chunk}")
     first = max(preset.reward.first_clip_end, preset.reward.clip_length)
     if first > preset.task.horizon + 1:
