@@ -126,7 +126,7 @@ def test_what_nobody_reads_in_a_released_shard_is_skipped(tmp_path):
     assert torch.equal(read_shards(tmp_path).frames, a_batch()[:1].frames)
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", '{"a": {}}', '{"a": {"action": {"q01": [0, 1]}}}', '{"a": {"action": {"q01": "x", "q99": "y"}}}', "no json"])
+@pytest.mark.parametrize("content", ["{}", "[]", '{"action": 3}', '{"a": {}}', '{"a": {"action": {"q01": [0, 1]}}}', '{"a": {"action": {"q01": "x", "q99": "y"}}}', "no json"])
 def test_statistics_of_another_kind_are_refused(tmp_path, content):
     (tmp_path / "stats.json").write_text(content)
     with pytest.raises(UserError, match="stats.json"): load_stats(tmp_path / "stats.json")

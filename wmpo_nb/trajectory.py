@@ -66,7 +66,7 @@ def load_stats(path, key: str | None = None) -> ActionStats:
     try: record = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error: raise UserError(f"cannot read action statistics {path}: {error}") from None
     if not isinstance(record, dict) or not record: raise UserError(f"{path} holds no action statistics")
-    if "q01" in record.get("action", {}): record = {key: record}
+    if isinstance(record.get("action"), dict) and "q01" in record["action"]: record = {key: record}
     elif key is None: key = next(iter(record))
     if key not in record: raise UserError(f"no statistics '{key}' in {path}; it holds: {', '.join(record)}. Use the files of this task, or name one of these")
     try:
