@@ -63,11 +63,11 @@ web:
 		echo "For the documentation site and its tests install: $$packages"; \
 	fi
 
-# one thread per process: steadier on a busy machine than two, and the notebooks run two at a time
+# one thread per process: steadier on a busy machine than two; test files and notebooks run two at a time
 test: export OMP_NUM_THREADS = 1
 test: setup web
 	$(BIN)/ruff check
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n 2 --dist loadfile
 	$(BIN)/nbdev-test --n-workers 2
 
 docs: setup web

@@ -67,8 +67,9 @@ def field_table(node: ast.ClassDef, lines: list[str]) -> str:
         if not isinstance(part, ast.AnnAssign): continue
         comment = re.search(r"\s{2,}# (.+)$", lines[part.end_lineno - 1])
         default = f"`{ast.unparse(part.value)}`" if part.value else ""
-        rows.append(f"| `{part.target.id}` | `{ast.unparse(part.annotation)}` | {default} | {markdown(comment[1]) if comment else ''} |")
-    return "\n".join(["| field | type | default | |", "|---|---|---|---|", *[row.replace("`|`", "or") for row in rows]]) if rows else ""
+        cells = f"`{part.target.id}`", f"`{ast.unparse(part.annotation)}`", default
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + f" | {markdown(comment[1]) if comment else ''} |")
+    return "\n".join(["| field | type | default | |", "|---|---|---|---|", *rows]) if rows else ""
 
 
 def directive(kind: str, name: str, signature: str, body: str, fence: str = "```") -> str:
@@ -118,5 +119,5 @@ def write_pages(folder: Path):
     modules.sort(key=lambda path: notebook_of(path.read_text(encoding="utf-8")))
     for path in modules: (folder / f"{path.stem}.md").write_text(page(path), encoding="utf-8")
     names = "\n".join(path.stem for path in modules)
-    text = "Every public name of the package, with shapes, dtypes, units, errors and sources. Arrows point up this list only: a module imports nothing from a later one."
+    text = "Every public name of the package, with shapes, dtypes, units, errors and sources. A module imports only from modules above it in this list."
     (folder / "index.md").write_text(f"# API\n\n{text}\n\n```{{toctree}}\n:maxdepth: 1\n{names}\n```\n", encoding="utf-8")

@@ -6,12 +6,16 @@ being errors. The pages ask for nothing from outside: MathJax and onnxruntime-we
 of pinned versions and checksums, which stay in `runs/vendor` for the next build.
 """
 import argparse
+import configparser
+import io
 import json
 import os
 import re
 import shutil
 import sys
 import tarfile
+from contextlib import redirect_stdout
+from importlib import import_module
 from posixpath import dirname, normpath, relpath
 from pathlib import Path
 
@@ -85,7 +89,7 @@ def notebook_cell(cell: dict, page: str, staged: str) -> dict | None:
         metadata["mystnb"] = {"code_prompt_show": "Imports"}
     if cell["metadata"].get("jupyter", {}).get("source_hidden"):       # a solution, also folded in JupyterLab
         tags.append("hide-cell")
-        metadata["mystnb"] = {"code_prompt_show": source.splitlines()[0].lstrip("# ")}
+        metadata["mystnb"] = {"code_prompt_show": source.splitlines()[0].lstrip("# ").replace("`", "")}
     shown = re.sub(r"^#\|.*\n?", "", source, flags=re.M).strip("\n")
     return {**cell, "source": shown, "metadata": metadata} if shown else None
 
@@ -105,6 +109,18 @@ def numbered(cells: list[dict], number: str) -> list[dict]:
     return [{**cells[0], "source": re.sub(r"^# ", f"# {number} ", cells[0]["source"])}, *cells[1:]]
 
 
+def with_alt_texts(cells: list[dict]) -> list[dict]:
+    "A picture is described by the sentence that leads to it: the last one of the text before its cell."
+    said = ""
+    for cell in cells:
+        if cell["cell_type"] == "markdown":
+            plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", re.sub(r"[`*$#|]", "", "".join(cell["source"]))).strip().splitlines()
+            said = re.split(r"(?<=[.:!?])\s+", plain[-1])[-1].rstrip(":") if plain else said
+        elif said and any("image/png" in output.get("data", {}) for output in cell.get("outputs", [])):
+            cell["metadata"].setdefault("mystnb", {})["image"] = {"alt": said[:250]}
+    return cells
+
+
 def stage_notebook(page: str, staged: str, last: str = ""):
     "A notebook with its outputs; `last` becomes one more Markdown cell."
     notebook = json.loads((ROOT / page).read_text(encoding="utf-8"))
@@ -113,12 +129,27 @@ def stage_notebook(page: str, staged: str, last: str = ""):
     link = colab.badge(Path(page).stem, colab.repository()) if page != "nbs/index.ipynb" else ""
     if link: cells.insert(1, {"cell_type": "markdown", "metadata": {}, "source": link, "id": "colab"})
     if last: cells.append({"cell_type": "markdown", "metadata": {}, "source": last, "id": "toctree"})
-    notebook["cells"] = cells
+    notebook["cells"] = with_alt_texts(cells)
     for output in (o for cell in notebook["cells"] for o in cell.get("outputs", [])):
         if "text/markdown" in output.get("data", {}):
             output["data"]["text/markdown"] = with_links("".join(output["data"]["text/markdown"]), page, staged)
     (SOURCE / staged).parent.mkdir(parents=True, exist_ok=True)
     (SOURCE / staged).write_text(json.dumps(notebook), encoding="utf-8")
+
+
+def commands_page() -> str:
+    "What each command says under --help."
+    settings, parts = configparser.ConfigParser(), []
+    settings.read(ROOT / "settings.ini")
+    for line in settings["DEFAULT"]["console_scripts"].strip().splitlines():
+        name, module = line.strip().removesuffix(":main").split("=")
+        said = io.StringIO()
+        with redirect_stdout(said):
+            try: import_module(module).main(["--help"])
+            except SystemExit: pass
+        parts.append(f"## {name}\n\nMade in [`{module}`](../api/{module.split('.')[1]}.md).\n\n```text\n{said.getvalue().strip()}\n```\n")
+    return ("# Commands\n\nWhat each says under `--help`. They are in `.venv/bin`; those that train run on several processes as "
+            "`accelerate launch -m MODULE` ([recipe](recipes/cluster.md)).\n\n" + "\n".join(parts))
 
 
 def without_header(text: str) -> str:
@@ -155,6 +186,7 @@ def stage():
     for folder in ("results", "benchmarks", "data_cards", "docs", "docs/recipes"):
         for path in sorted((ROOT / folder).glob("*.md")): stage_markdown(f"{folder}/{path.name}")
     api.write_pages(SOURCE / "api")
+    (SOURCE / "docs/commands.md").write_text(commands_page(), encoding="utf-8")
 
 
 def vendor_mathjax(folder: Path):

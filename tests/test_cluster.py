@@ -152,7 +152,7 @@ def test_passes_change_the_memory_and_not_the_result(monkeypatch):
     whole, weights = descend(config, 1, monkeypatch)
     parts, others = descend(config, 3, monkeypatch)       # 10 into 3 does not go: parts of 3, 3 and 4
     torch.testing.assert_close(others, weights, atol=1e-6, rtol=0)
-    assert parts == pytest.approx(whole, rel=1e-4) and set(whole) == {"loss", "error", "gradient_norm"}
+    assert parts == pytest.approx(whole, rel=1e-4) and set(whole) == {"loss", "error", "grad_norm"}
     with pytest.raises(UserError, match="make the batch larger"): descend(config, 11, monkeypatch)
     descend(config, 1, monkeypatch)                       # accelerate remembers: leave it as it was
 
@@ -195,7 +195,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_names_it(tmp_path):
 import resource, signal, torch
 from torch import nn
 from wmpo_nb.run import Checkpointer, command
-@command
+@command("test")
 def main(argv=None):
     checkpointer = Checkpointer({str(tmp_path)!r}, every=1).register(layer=nn.Linear(400, 400))
     checkpointer.save(1)

@@ -165,6 +165,6 @@ def test_rounds_practise_whole_means_if_there_are_enough():
 def test_rounds_need_something_to_do(capsys, tmp_path):
     assert "collect.rounds must be at least 1" in message(capsys, "--collect.rounds", "0", "--output", str(tmp_path / "run"))
     assert "must be above 0" in message(capsys, "--collect.temperature", "0", "--output", str(tmp_path / "run"))
-    assert "replay_share needs" in message(capsys, "--alignment.replay_share", "0.5", "--output", str(tmp_path / "run"))
+    assert "no scripted trials of stack_free" in message(capsys, "--from-scratch", "--pretrain_data.tasks", '["lift", "stack_free"]', "--output", str(tmp_path / "run"))
     assert "collect.rounds is 3" in message(capsys, "--collect.rounds", "3", "--grpo.iterations", "2", "--output", str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

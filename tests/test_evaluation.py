@@ -143,6 +143,16 @@ def test_replay_takes_scripted_trials_without_tokens():
     assert torch.equal(replay(Ramp(), real).frames, real.frames)
 
 
+def test_replay_plays_chunks_as_they_were_decided():
+    lengths = []
+    class Narrow(Ramp):
+        def step(self, actions): lengths.append(actions.shape[1]); return super().step(actions)
+    real = trajectories(Step(2.0), Ramp())
+    real.tokens = real.tokens.repeat_interleave(2, 1)[:, :, :28]           # chunks of four
+    replay(Narrow(), real)
+    assert set(lengths) == {4} and sum(lengths) == real.actions.shape[1]
+
+
 def test_agreement_numbers_by_hand():
     a = Agreement([[6, 2], [1, 3]], [])
     assert a.false_success_rate == 0.25 and a.balanced_accuracy == 0.75

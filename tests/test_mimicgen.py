@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from wmpo_nb.mimicgen import (
-    DISRUPTIONS, ENVIRONMENTS, NUT, MimicGenEnvironment, check_task, disrupt, draw_states, installed, least_turns, main, read_demonstrations)
+    DISRUPTIONS, ENVIRONMENTS, NUT, MimicGenEnvironment, check_demonstrations, disrupt, draw_states, installed, least_turns, main, read_demonstrations)
 from wmpo_nb.presets import UserError, load_preset, seeds_for
 from wmpo_nb.simulator import MIMICGEN, Simulator, Style, script_trial
 from wmpo_nb.trajectory import InitialState, load_initial_states, read_shards, save_states
@@ -66,10 +66,10 @@ def test_files_that_are_not_demonstrations(tmp_path):
     with h5py.File(tmp_path / "other.hdf5", "w") as file: file["x"] = np.zeros(3)
     for name in ("text.hdf5", "other.hdf5", "missing.hdf5"):
         with pytest.raises(UserError, match="robomimic's layout"): list(read_demonstrations(tmp_path / name))
-        with pytest.raises(UserError, match="robomimic's layout"): check_task(tmp_path / name, load_preset("square_128").task)
+        with pytest.raises(UserError, match="robomimic's layout"): check_demonstrations(tmp_path / name, load_preset("square_128").task)
     write_demonstrations(tmp_path / "coffee.hdf5", [], "Coffee_D0")
-    with pytest.raises(UserError, match="of Coffee_D0, not of square"): check_task(tmp_path / "coffee.hdf5", load_preset("square_128").task)
-    check_task(tmp_path / "coffee.hdf5", load_preset("coffee_128").task)
+    with pytest.raises(UserError, match="of Coffee_D0, not of square"): check_demonstrations(tmp_path / "coffee.hdf5", load_preset("square_128").task)
+    check_demonstrations(tmp_path / "coffee.hdf5", load_preset("coffee_128").task)
 
 
 def test_the_command_converts_the_authors_states(tmp_path, capsys):

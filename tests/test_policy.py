@@ -353,3 +353,12 @@ def test_cloning_from_files_is_cloning_from_memory(tmp_path):
         return train_sft(OpenVLAOFT(CONFIG, STATS, "lift"), frames, chunks, SHORT).state_dict()
     files, memory = trained(*stored), trained(*kept)
     assert all(torch.equal(files[name], memory[name]) for name in memory)
+
+
+def test_statistics_other_than_the_policys_own_are_refused(tmp_path):
+    "They would be written into every policy that is trained from it."
+    folder, preset = shipped_weights(load_preset("tiny_lift")) / "policy_lift", load_preset("tiny_lift")
+    own = (folder / "dataset_statistics.json").read_text()
+    for name, text in (("same.json", own), ("other.json", own.replace("0.", "1."))): (tmp_path / name).write_text(text)
+    assert torch.equal(load_policy(folder, preset, tmp_path / "same.json").stats.q99, load_policy(folder, preset).stats.q99)
+    with pytest.raises(UserError, match="of its own, which differs"): load_policy(folder, preset, tmp_path / "other.json")

@@ -80,9 +80,9 @@ def test_every_preset_would_accept_its_own_numbers():
     ({"task.chunk_size": "4"}, "4 actions for the task, 8 for the world model"),
     ({"task.horizon": "30"}, "30 is not a whole number of chunks of 8"),
     ({"grpo.learning_rate": "NaN"}, "finite"), ({"sft.ema": "1.5"}, "at most 1"), ({"grpo.accuracy_low": "5"}, "at most 1"), ({"policy.center_crop": "3"}, "at most 1"),
-    ({"alignment.replay_share": "2"}, "at most 1"),
     ({"policy.bins": "1000"}, "more than the 512 words"), ({"reward_training.batch_size": "1"}, "at least 2"),
-    ({"reward_training.mining": "0"}, "at least 1"),
+    ({"reward_training.mining": "0"}, "at least 1"), ({"alignment.chunk_starts": "1.5"}, "at most 1"), ({"policy.center_crop": "0"}, "not 0"),
+    ({"alignment.optimizer": "adam"}, "alignment.optimizer is adamw or muon, not 'adam'"),
     ({"reward.first_clip_end": "40"}, "first clip ends with frame 40 .* has 33 frames"),
 ])
 def test_numbers_that_contradict_each_other_are_refused(overrides, message):

@@ -24,7 +24,8 @@ from wmpo_nb.reward import load_reward, save_reward, trajectory_scores
 from wmpo_nb.run import read_metrics
 from wmpo_nb.weights import load_tensors
 from wmpo_nb.simulator import Simulator, Style, script_trials
-from wmpo_nb.trajectory import load_first_frames, read_shards, rollout, write_shard
+from wmpo_nb.trajectory import read_shards, rollout, write_shard
+from wmpo_nb.wmpo import dream_starts
 from wmpo_nb.vae import load_vae
 
 SETTINGS = ConfigParser(delimiters=["="])
@@ -109,7 +110,7 @@ def split_threshold(reward, dream, policy, states):
 def test_from_the_released_checkpoints_to_a_trained_policy(shell):
     out = shell("wmpo-download", "--task", "stack_three", "--cache", "cache", "--parts", "sft,wmpo,pretrained,reward,vae,data")
     root = shell.folder / out.rpartition("verified in ")[2].strip()
-    checkpoints, first_images = root / "checkpoint_files", root / "data_files/first_images/stack_three"
+    checkpoints = root / "checkpoint_files"
     sft, vae = checkpoints / "SFT_models/stack_three", checkpoints / "world_models/vae"
     released_reward, stats = checkpoints / "reward_models/videomae_stack_three.pth", sft / "dataset_statistics.json"
 
@@ -135,8 +136,8 @@ def test_from_the_released_checkpoints_to_a_trained_policy(shell):
 
     from wmpo_nb.dream import Dream
     dream = Dream(load_world_model(aligned, PRESET.world_model), load_vae(vae), judge, policy.stats)
-    split_threshold(reward, dream, policy, load_first_frames(first_images))
-    shell.stage("wmpo-train", "--policy", sft, "--data", first_images, "--world-model", aligned, "--vae", vae, "--reward", reward)
+    split_threshold(reward, dream, policy, dream_starts(data))
+    shell.stage("wmpo-train", "--policy", sft, "--data", data, "--world-model", aligned, "--vae", vae, "--reward", reward)
     trained, numbers = shell.folder / "wmpo-train/policy", read_metrics(shell.folder / "wmpo-train")[0]
     assert numbers["grad_norm"] > 0 and numbers["optimiser_steps"] >= 1 and 0 < numbers["success"] < 1
     new = load_policy(trained, PRESET)

@@ -153,7 +153,7 @@ def test_a_part_with_fewer_seeds_says_so_and_is_compared_with_their_base():
     assert "(temperature 1.6)" in seeds_lines(variants)[1]                  # the other one has three
     assert seeds_lines(CELLS[:1])[0].startswith("Seeds: 0.")                # only the base policy yet
     small = {row[0]: row for row in table1_rows(many, "tiny_lift", 512)}
-    assert "(32/64" in small["base policy"][1] and small["base policy"][2] == "50.0"
+    assert "(32/64" in small["base policy"][1] and small["base policy"][2] == "1: 50.0"
 
 
 def test_commands_that_a_wider_one_covers_are_not_listed():
@@ -173,7 +173,7 @@ def test_a_variant_is_seen_against_the_base_of_its_own_seeds():
     cells = CELLS[:2] + [cell("base", "0" * 64, 2)] + [cell(None, "1" * 64, 0, ablation="temperature", variant="1.6")]
     groups = gained_groups(cells, "tiny_lift", 128)
     assert {name: [*group] for name, group in groups.items()} == {"base policy": [0], "WMPO as it is": [], "temperature: 1.6": [0]}
-    assert "| temperature: 1.6 | 100.0 % (64/64; 94.3 to 100.0) | 100.0 | +50.0" in gained_markdown(cells)
+    assert "| temperature: 1.6 | 100.0 % (64/64; 94.3 to 100.0) | 0: 100.0 | +50.0" in gained_markdown(cells)
 
 
 def test_ssim_against_its_definition_and_its_limits():

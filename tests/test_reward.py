@@ -389,3 +389,9 @@ def test_without_mining_each_process_prepares_its_own_clips():
     whole, pixels = clip_terms(classifier, clips, labels)["loss"], clip_terms(classifier, preprocess(clips, classifier.config), labels)["loss"]
     parts = [clip_terms(classifier, clips[i:i + 1], labels[i:i + 1])["loss"] for i in range(len(clips))]
     torch.testing.assert_close(whole, pixels), torch.testing.assert_close(whole, torch.stack(parts).mean())
+
+
+def test_trials_too_short_for_a_clip_are_refused_before_training():
+    batch = trials(steps=8)
+    with pytest.raises(UserError, match="have 9 frames, and the first clip ends after 12"):
+        train_reward(small_classifier(first_clip_end=12), batch, TRAINING)

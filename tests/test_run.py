@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from wmpo_nb.presets import UserError, load_preset
 from wmpo_nb.run import Checkpointer, Ledger, Run, Stopped, command, open_run, parse_preset, preset_parser, read_metrics
 
+SETTINGS = (Path(__file__).parent.parent / "settings.ini").read_text()
 TRAIN = """
 import random, sys
 import numpy as np, torch
@@ -146,7 +148,7 @@ def test_ledger_counts_lost_work_once_and_stages_add_up():
     assert ledger.imagined_frames == 8 and set(ledger.seconds) == {"outer", "inner"}
 
 
-def test_run_folder_defends_itself(tmp_path):
+def test_run_folder_defends_itself(tmp_path, monkeypatch):
     preset = load_preset("tiny_lift")
     run = Run(tmp_path / "run", preset, "wmpo-sft")
     with run.stage("a"): run.ledger.add(real_trajectories=3)
@@ -159,6 +161,8 @@ def test_run_folder_defends_itself(tmp_path):
         Run(tmp_path / "run", other, "wmpo-sft", resume=True)
     again = Run(tmp_path / "run", preset, "wmpo-sft", resume=True)
     assert again.is_done("a") and again.ledger.real_trajectories == 3
+    monkeypatch.setattr("wmpo_nb.run.make_trackers", lambda *_: pytest.fail("a run that is refused has started a tracker"))
+    with pytest.raises(UserError, match="grpo.group_size"): Run(tmp_path / "run", other, "wmpo-sft", resume=True)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write"): Run(tmp_path / "file/run", preset, "wmpo-sft")
 
@@ -233,19 +237,54 @@ def test_overrides_reach_the_preset():
     assert args.resume and (preset.grpo.clip_low, preset.policy.center_crop, preset.stdit.text_weights) == (0.1, 1.0, True)
 
 
+def test_a_field_may_stand_before_what_the_command_is_about():
+    parser = preset_parser("wmpo-x", "", "")
+    parser.add_argument("method", choices=("grpo", "dpo"))
+    args, preset = parse_preset(parser, ["--grpo.groups", "4", "grpo", "--seed", "2"])
+    assert (args.method, args.seed, preset.grpo.groups) == ("grpo", 2, 4)
+
+
+def test_what_a_command_hands_on_ends_with_it(monkeypatch):
+    monkeypatch.setenv("WMPO_PRECISION", "bf16")
+    @command("wmpo-x")
+    def main(argv=None):
+        parse_preset(preset_parser("wmpo-x", "", ""), argv)
+        assert (os.environ["WMPO_PRECISION"], os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"]) == ("fp32", "4")
+    assert main(["--precision", "fp32", "--accumulate", "4"]) == 0
+    assert os.environ["WMPO_PRECISION"] == "bf16" and "ACCELERATE_GRADIENT_ACCUMULATION_STEPS" not in os.environ
+
+
+def test_each_command_can_be_launched_as_a_module():
+    "As `accelerate launch -m wmpo_nb.X` does."
+    for name, module in (entry.strip().split("=") for entry in SETTINGS.splitlines() if re.match(r" +wmpo-.*:main$", entry)):
+        source = (Path(__file__).parent.parent / module.removesuffix(":main").replace(".", "/")).with_suffix(".py").read_text()
+        assert f'@command("{name}")\ndef main(' in source and source.rstrip().endswith('if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())'), name
+    done = subprocess.run([sys.executable, "-m", "wmpo_nb.report", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "usage: wmpo-report " in done.stdout, done.stderr[-500:]
+
+
+@pytest.mark.parametrize("module, words, ignored", [
+    ("reward", "--data d --reward_pretraining.steps 3 --start s", "reward_pretraining.steps"), ("reward", "--data d --reward_training.steps 3", "reward_training.steps"),
+    ("alignment", "--data d --vae v --stats s --alignment.steps 3", "alignment.steps"),
+    ("alignment", "--data d --vae v --stats s --align w --pretraining.steps 3", "pretraining.steps"), ("demo", "--reward.threshold 0.5", "reward.threshold")])
+def test_a_field_that_would_be_ignored_is_refused(module, words, ignored, tmp_path, capsys):
+    assert import_module(f"wmpo_nb.{module}").main([*words.split(), "--output", str(tmp_path / "run")]) == 2
+    assert f"--{ignored} would be ignored" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("error, code, message", [
     (UserError("do this"), 2, "do this"), (OSError(28, "No space left on device", "f"), 2, "No space left on device: f"),
     (KeyboardInterrupt(), 130, "--resume")])
 def test_command_answers_in_one_line(error, code, message, capsys):
-    @command
+    @command("wmpo-x")
     def main(argv=None): raise error
     assert main([]) == code
     printed = capsys.readouterr().err
-    assert message in printed and printed.count("\n") == 1
+    assert printed.startswith("wmpo-x: ") and message in printed and printed.count("\n") == 1
 
 
 def test_command_keeps_the_traceback_of_a_bug():
-    @command
+    @command("wmpo-x")
     def main(argv=None): return 1 / 0
     with pytest.raises(ZeroDivisionError): main([])
 

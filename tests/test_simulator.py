@@ -314,6 +314,14 @@ def test_sigterm_while_scripted_trials_are_made(tmp_path):
     assert len(list(tmp_path.glob("*.tar"))) == 2
 
 
+def test_a_task_that_does_not_exist_is_refused_before_a_worker_starts():
+    with pytest.raises(UserError, match="no task 'lfit'; known: lift, stack"): Simulator(TaskConfig(name="lfit"), 2)
+
+
+def test_no_scripted_trials_are_none(tmp_path):
+    assert collect_scripted(None, tmp_path / "none", "play", []) == 0 and not (tmp_path / "none").exists()
+
+
 @pytest.mark.skipif(installed(), reason="MimicGen is installed")
 def test_a_task_that_needs_mimicgen_is_refused_before_a_worker_starts():
     with pytest.raises(UserError, match="MimicGen"): Simulator(load_preset("coffee_128").task, 2)

@@ -57,7 +57,7 @@ def test_every_part_is_there(site):
     assert {path.stem for path in (site / "api").glob("*.html")} == modules | {"index"}
     assert {path.stem for path in (site / "data_cards").glob("*.html")} == {path.stem for path in (ROOT / "data_cards").glob("*.md")}
     assert {path.stem for path in (site / "results").glob("*.html")} == {path.stem for path in (ROOT / "results").glob("*.md")}
-    for name in ("glossary", "play", "results", "cards", "recipes/index"): assert (site / f"docs/{name}.html").exists(), name
+    for name in ("glossary", "play", "results", "cards", "commands", "recipes/index"): assert (site / f"docs/{name}.html").exists(), name
 
 
 def test_internal_links_lead_somewhere(site, pages):

@@ -12,7 +12,7 @@ import torch
 
 from wmpo_nb.presets import SEED_RANGES, UserError, seeds_for
 from wmpo_nb.trajectory import (
-    ActionStats, InitialState, StoredFrames, Streams, TrajectoryBatch, load_stats, read_shards, save_stats, window_frames, window_starts, write_shard)
+    ActionStats, InitialState, StoredFrames, Streams, TrajectoryBatch, half_successes, load_stats, read_shards, save_stats, window_frames, window_starts, write_shard)
 
 
 def a_batch(count=3, steps=16, seed=0):
@@ -211,3 +211,19 @@ def test_every_use_has_seeds_of_its_own():
 
 def test_initial_state_needs_only_a_frame():
     assert InitialState(3, torch.zeros(2, 2, 3)).simulator_state is None
+
+
+def test_stored_batches_joined_are_stored(tmp_path):
+    whole = a_batch()
+    for i in range(3): write_shard(tmp_path / f"{i}.tar", whole[i:i + 1])
+    stored = [read_shards(tmp_path / f"{i}.tar", stored=True) for i in range(3)]
+    joined, mixed = TrajectoryBatch.cat(stored), TrajectoryBatch.cat([stored[0], read_shards(tmp_path / "1.tar")])
+    assert isinstance(joined.frames, StoredFrames) and torch.equal(joined.frames[:], whole.frames) and torch.equal(joined.actions, whole.actions)
+    assert torch.equal(mixed.frames, whole.frames[:2])
+
+
+@pytest.mark.parametrize("won, count, wins", [([1, 1, 1, 1], 4, 4), ([1, 1, 1, 0], 4, 3), ([0, 1, 1, 1, 0, 0], 4, 2), ([0, 0, 0, 0], 2, 0), ([1, 0], 4, 1)])
+def test_half_of_what_is_shown_are_successes(won, count, wins):
+    success = torch.tensor(won) > 0
+    chosen = half_successes(success, count)
+    assert len(chosen) == len(set(chosen.tolist())) == min(count, len(won)) and int(success[chosen].sum()) == wins

@@ -10,15 +10,17 @@ import torch
 
 from wmpo_nb import dream as dream_room
 from wmpo_nb.alignment import LatentWindows, load_world_model, make_world_model, save_world_model
-from wmpo_nb.collect import _fingerprint
+from wmpo_nb.collect import _fingerprint, gather_trajectories
 from wmpo_nb.demo import Parts
 from wmpo_nb.from_scratch import shipped_weights
 from wmpo_nb.dream import Dream
 from wmpo_nb.evaluation import agreement, replay
+from wmpo_nb.policy import OpenVLAOFT
 from wmpo_nb.presets import UserError, load_preset, seeds_for
 from wmpo_nb.reward import judge
+from wmpo_nb.run import Run
 from wmpo_nb.simulator import Simulator, initial_states
-from wmpo_nb.trajectory import Streams, TrajectoryBatch, rollout
+from wmpo_nb.trajectory import ActionStats, Streams, TrajectoryBatch, rollout
 
 PRESET = load_preset("tiny_lift")
 CHUNKS = 3
@@ -187,3 +189,13 @@ def test_recorded_trials_belong_to_all_that_decides_them(parts):
     means.stats = replace(means.stats, q99=means.stats.q99 * 2)
     assert name(parts.base) == name(copy(parts.base))
     assert len({name(parts.base), name(crops), name(means), name(parts.base, "0.8")}) == 4
+
+
+def test_trials_are_booked_once_and_a_policy_that_never_succeeds_is_said(tmp_path, capsys):
+    preset = load_preset("tiny_lift", {"task.horizon": "8", "reward.first_clip_end": "8"})
+    torch.manual_seed(0)
+    stats = ActionStats(torch.full((7,), -1.0).double(), torch.ones(7).double(), torch.arange(7) < 6)
+    policy, run = OpenVLAOFT(preset.policy, stats, "lift").eval(), Run(tmp_path / "run", preset, "test")
+    for _ in range(2): batch = gather_trajectories(run, policy, tmp_path / "cache", 0, count=2)
+    assert (run.ledger.real_trajectories, run.ledger.simulator_steps) == (2, int(batch.length.sum())) and not batch.success.any()
+    assert "not one trial succeeds" in capsys.readouterr().err

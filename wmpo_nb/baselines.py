@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # %% ../nbs/28_baselines.ipynb #8cc699fb
-from .collect import collect
+from .collect import gather_trajectories
 from .evaluation import evaluate
 from .from_scratch import shipped_weights
-from .grpo import action_mask
 from .policy import load_policy, prepare_policy, save_trained, trained_part
 from .presets import GRPOConfig, UserError, seeds_for
 from .processes import is_main, my_share, start_processes, sum_gradients, sum_over_processes, wait_for_all
@@ -28,8 +27,8 @@ from .run import Checkpointer, Ledger, Run, command, open_run, parse_preset, pre
 from .training import clip_gradients, naming_checkpoint
 from .weights import atomic_write
 from .simulator import Simulator
-from .trajectory import InitialState, TrajectoryBatch
-from .wmpo import NOT_IN_PRACTICE, NothingToLearn, gather, go_back, mix_seed, refuse_greedy, token_statistics, update
+from .trajectory import InitialState, TrajectoryBatch, states_for
+from .wmpo import NOT_IN_PRACTICE, NothingToLearn, gather, go_back, mix_seed, refuse_greedy, token_statistics, update, valid_tokens
 
 # %% ../nbs/28_baselines.ipynb #f2110a02
 def affordable(config: GRPOConfig, left: int) -> GRPOConfig | None:
@@ -51,11 +50,6 @@ def _book(numbers: dict, *ledgers: Ledger):
     for ledger in ledgers:
         ledger.add(real_trajectories=numbers["trajectories"], simulator_steps=numbers["frames"], optimiser_steps=numbers["optimiser_steps"])
 
-# %% ../nbs/28_baselines.ipynb #4334bb5f
-def _log(run, stage: str, log):
-    "The `log(step, **numbers)` that was given, or the run's, or none."
-    return log or (lambda step, **numbers: run.log(stage, step, **numbers) if run else None)
-
 # %% ../nbs/28_baselines.ipynb #94aceeb5
 def train_online(policy, world, states: list[InitialState], config: GRPOConfig, *, budget: int, chunks: int, temperature: float,
                  seed: int = 0, checkpointer: Checkpointer | None = None, log=None, run: Run | None = None, stage: str = "grpo"):
@@ -67,13 +61,14 @@ def train_online(policy, world, states: list[InitialState], config: GRPOConfig, 
     if affordable(config, budget) is None: raise UserError(f"{budget} trials are fewer than one group of {config.group_size}")
     accelerator, spent = start_processes(), Ledger()
     policy, optimizer = prepare_policy(accelerator, policy, config, seed)
-    log, iteration = _log(run, stage, log), go_back(checkpointer, run, stage, policy=trained_part(policy), optimizer=optimizer, spent=spent)
+    if run and log is None: log = partial(run.log, stage)
+    iteration = go_back(checkpointer, run, stage, policy=trained_part(policy), optimizer=optimizer, spent=spent)
     while (possible := affordable(config, budget - spent.real_trajectories)) is not None:
         with naming_checkpoint(iteration, checkpointer):
             numbers = _online_iteration(policy, optimizer, world, states, possible, accelerator, chunks=chunks,
                                         temperature=temperature, seed=mix_seed(seed, iteration))
         _book(numbers, spent, *([run.ledger] if run else []))
-        log(iteration, spent=spent.real_trajectories, **numbers)
+        if log: log(iteration, spent=spent.real_trajectories, **numbers)
         iteration += 1
         if checkpointer: checkpointer.maybe_save(iteration)
     return policy.eval()
@@ -141,8 +136,7 @@ def dpo_step(policy, optimizer, batch: TrajectoryBatch, reference: Tensor, confi
              accelerator) -> dict:
     """One optimiser step on `batch`: N successes, then the N failures they are paired with; `reference` float [2 N] are the
     base policy's log-probabilities. Returns the numbers to log. Raises `FloatingPointError` on a loss that is not finite."""
-    chunk = batch.actions.shape[1] // batch.tokens.shape[1]
-    mask = action_mask(batch.finish_step, batch.tokens.shape[1], chunk, batch.actions.shape[2])
+    mask = valid_tokens(batch)
     policy.eval()                   # nothing here is random in training mode, and the reference was taken in this one
     ratios = trajectory_log_probs(policy, batch, mask, temperature, config.micro_batch) - reference
     chosen, rejected = ratios.chunk(2)
@@ -166,17 +160,17 @@ def train_dpo(policy, batch: TrajectoryBatch, config: GRPOConfig, *, beta: float
     accelerator = start_processes()
     epochs_of_pairs = [pair_up(batch.success, mix_seed(seed, epoch)) for epoch in range(epochs)]
     steps = [part for pairs in epochs_of_pairs for part in pairs.split(max(1, config.mini_batch // 2))]
-    chunk = batch.actions.shape[1] // batch.tokens.shape[1]
-    mask = action_mask(batch.finish_step, batch.tokens.shape[1], chunk, batch.actions.shape[2])
+    mask = valid_tokens(batch)
     policy, optimizer = prepare_policy(accelerator, policy, config, seed)
     reference = trajectory_log_probs(policy.eval(), batch, mask, temperature, config.micro_batch)      # of the weights to begin with
-    log, start = _log(run, stage, log), go_back(checkpointer, run, stage, policy=trained_part(policy), optimizer=optimizer)
+    if run and log is None: log = partial(run.log, stage)
+    start = go_back(checkpointer, run, stage, policy=trained_part(policy), optimizer=optimizer)
     for step in progress(len(steps), stage, start):
         chosen = steps[step].T.flatten()
         with naming_checkpoint(step, checkpointer):
             numbers = dpo_step(policy, optimizer, batch[chosen], reference[chosen], config, beta=beta, temperature=temperature, accelerator=accelerator)
         if run: run.ledger.add(optimiser_steps=1)
-        log(step, **numbers)
+        if log: log(step, **numbers)
         if checkpointer: checkpointer.maybe_save(step + 1)
     return policy.eval()
 
@@ -184,17 +178,17 @@ def train_dpo(policy, batch: TrajectoryBatch, config: GRPOConfig, *, beta: float
 def _online_variant(run: Run, policy, name: str, config: GRPOConfig, workers: int | None) -> dict:
     "Train one batch variant of online GRPO; returns the trials it `spent`."
     preset, stage = run.preset, f"grpo {name}"
-    states = [InitialState(s, None) for s in seeds_for("collection", preset.collect.trajectories, run.seed)]
+    states = states_for("collection", preset.collect.trajectories, run.seed)
     with run.stage(stage), Simulator(preset.task, workers) as world:
         train_online(policy, world, states, config, budget=preset.collect.trajectories, chunks=preset.task.chunks, run=run, stage=stage,
-                     temperature=preset.collect.temperature, seed=run.seed, checkpointer=run.checkpointer(1, name))
+                     temperature=preset.collect.temperature, seed=run.seed, checkpointer=run.checkpointer(config.checkpoint_every, name))
     wait_for_all()                      # only the first process writes what all read
     return {"spent": int([entry for entry in read_metrics(run.folder) if entry["stage"] == stage][-1]["spent"])}
 
 # %% ../nbs/28_baselines.ipynb #cac30784
 def _select(run: Run, policy, count: int, workers: int | None) -> float:
     "Greedy success of `policy` on `count` selection states."
-    states, before = [InitialState(s, None) for s in seeds_for("selection", count, run.seed)], Simulator.steps
+    states, before = states_for("selection", count, run.seed), Simulator.steps
     with run.stage("selection"), Simulator(run.preset.task, workers, every_frame=False) as world:
         found = evaluate(policy, world, states, chunks=run.preset.task.chunks)
         run.ledger.add(simulator_steps=sum_over_processes(torch.tensor(Simulator.steps - before)))
@@ -250,7 +244,7 @@ def run_dpo(run: Run, load_start, batch: TrajectoryBatch, *, rates=RATES, beta: 
         config, stage = replace(run.preset.grpo, learning_rate=rate * run.preset.grpo.learning_rate), f"dpo {rate:g}"
         with run.stage(stage):
             train_dpo(policy, batch, config, beta=beta, epochs=epochs, temperature=run.preset.collect.temperature, seed=run.seed,
-                      run=run, stage=stage, checkpointer=run.checkpointer(10, f"{rate:g}"))
+                      run=run, stage=stage, checkpointer=run.checkpointer(10 * config.checkpoint_every, f"{rate:g}"))     # a step is shorter than an iteration
         wait_for_all()
         return {"learning_rate": config.learning_rate}
     return try_variants(run, load_start, {f"{rate:g}": partial(train, rate=rate) for rate in sorted(rates)}, selection, workers)
@@ -285,12 +279,7 @@ def policy_loader(folder: Path | None, preset):
 # %% ../nbs/28_baselines.ipynb #a3fa9a02
 def _dpo_command(run: Run, load, args) -> dict:
     "The P trajectories from the cache or the simulator, then DPO."
-    device = start_processes().device
-    with run.stage("collect"):
-        batch = collect(load().to(device), run.preset, args.cache, seed=run.seed, workers=args.workers, stored=True)
-    if not run.is_done("collect"):
-        run.ledger.add(real_trajectories=len(batch), simulator_steps=int(batch.length.sum()))
-        run.done("collect")
+    batch = gather_trajectories(run, load().to(start_processes().device), args.cache, args.workers, stored=True)
     return run_dpo(run, load, batch, rates=args.rates, beta=args.beta, epochs=args.epochs, selection=args.selection, workers=args.workers)
 
 # %% ../nbs/28_baselines.ipynb #19c2b7ca
@@ -301,7 +290,7 @@ def _settings(args) -> list[str]:
     return [*chosen, f"--beta {args.beta}", f"--epochs {args.epochs}", "--rates", *map(str, sorted(args.rates))]
 
 # %% ../nbs/28_baselines.ipynb #c73b76a1
-@command
+@command("wmpo-baseline")
 def main(argv=None):
     "Console script `wmpo-baseline`."
     args, preset = parse_preset(_parser(), argv, can_shard=True)

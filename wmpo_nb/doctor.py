@@ -407,7 +407,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 # %% ../nbs/24_doctor.ipynb #714a2494
-@command
+@command("wmpo-doctor")
 def main(argv=None):
     "Console script `wmpo-doctor`."
     args = _parser().parse_args(argv)
@@ -418,3 +418,6 @@ def main(argv=None):
     counts = {status: sum(f.status == status for f in findings.values()) for status in ("FAIL", "warning")}
     print(f"\nthe kit {'cannot' if counts['FAIL'] else 'can'} run: {counts['FAIL']} failed, {counts['warning']} to mind")
     return 1 if counts["FAIL"] else 0
+
+# %% ../nbs/24_doctor.ipynb #ffe472a6
+if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

@@ -9,7 +9,7 @@ __all__ = ['GIB', 'FLOPS', 'PROMPT_TOKENS', 'SHARDING', 'DEVICES', 'CPU_FLOPS', 
            'dry_run', 'main']
 
 # %% ../nbs/25_estimate.ipynb #c7c63f68
-import argparse, math, os, weakref
+import argparse, math, os, sys, weakref
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,7 +30,7 @@ from .alignment import make_world_model
 from .grpo import weighted_policy_loss
 from .policy import Adapters, OpenVLAOFT, action_ids, add_adapters, encode_prompt, has_adapters, token_log_probs
 from .presets import GRPOConfig, Preset, UserError, override
-from .reward import SuccessClassifier, block_named, hardest
+from .reward import SuccessClassifier, block_named, hardest, training_stage
 from .processes import blocks
 from .run import command, parse_preset, progress
 from .training import checkpoint_blocks, make_optimizer
@@ -573,7 +573,7 @@ def dry_run(command: str, args, preset: Preset):
         stages = [s for s in stages_of(preset) if args.from_scratch or s in ("alignment", "reward_training", "grpo")]
         for stage in ("alignment", "reward_training"):           # once in each round
             preset = override(preset, f"{stage}.steps", str(getattr(preset, stage).steps * preset.collect.rounds))
-    if command == "wmpo-train-reward": stages = ("reward_training" if args.start or not preset.reward_pretraining.steps else "reward_pretraining",)
+    if command == "wmpo-train-reward": stages = (training_stage(args.start, preset),)
     if command == "wmpo-train-world-model": stages = ("alignment",) if args.align else ("pretraining",)
     if getattr(args, "world", "dream") == "simulator": raise UserError("the estimate knows GRPO in the dream: leave out --world simulator")
     chosen = getattr(args, "precision", None)
@@ -602,7 +602,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 # %% ../nbs/25_estimate.ipynb #cf887534
-@command
+@command("wmpo-estimate")
 def main(argv=None):
     "Console script `wmpo-estimate`."
     args, preset = parse_preset(_parser(), argv)
@@ -613,3 +613,6 @@ def main(argv=None):
     if args.accelerate_config: setup = configured_setup(args.accelerate_config, device)
     setup = replace(setup, checkpointing=args.checkpointing, passes=args.passes)
     report(preset, stages_of(preset) if args.stage == "all" else (args.stage,), setup, args.utilisation)
+
+# %% ../nbs/25_estimate.ipynb #bcaf8eae
+if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

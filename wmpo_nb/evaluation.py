@@ -142,8 +142,8 @@ def success_table(evaluations: dict[str, Evaluation]) -> str:
 
 # %% ../nbs/18_evaluation.ipynb #e82fd4b1
 class Tape:
-    "A policy that plays the recorded actions of a `TrajectoryBatch`, chunk after chunk, whatever it sees."
-    def __init__(self, batch: TrajectoryBatch, chunk: int = 8):
+    "A policy that plays the recorded actions of a `TrajectoryBatch`, `chunk` at a time, whatever it sees."
+    def __init__(self, batch: TrajectoryBatch, chunk: int):
         self.chunks = list(batch.actions.split(chunk, dim=1))
         self.remaining = iter(self.chunks)
 
@@ -153,11 +153,11 @@ class Tape:
         return ActionChunk(none.long(), none, next(self.remaining))
 
 # %% ../nbs/18_evaluation.ipynb #59499a0f
-def replay(world, batch: TrajectoryBatch, *, chunk: int = 8, seed: int = 0) -> TrajectoryBatch:
-    """The actions of `batch` played open-loop in another `world`, with that world's frames and verdicts.
-    Trials start from the first frames (a dream) or from the `state_id`s (a simulator)."""
+def replay(world, batch: TrajectoryBatch, *, seed: int = 0) -> TrajectoryBatch:
+    """The actions of `batch` played open-loop in another `world`, with that world's frames and verdicts, in chunks as they were
+    decided, or of 8 where no policy decided. Trials start from the first frames (a dream) or from the `state_id`s (a simulator)."""
     states = [InitialState(int(i), frame) for i, frame in zip(batch.state_id, batch.frames[:, 0])]
-    tape = Tape(batch, chunk)
+    tape = Tape(batch, batch.chunk or 8)
     played = rollout(tape, world, states, chunks=len(tape.chunks), seed=seed)
     return dataclasses.replace(played, tokens=batch.tokens, log_probs=batch.log_probs, member=batch.member)
 
@@ -326,7 +326,7 @@ def _parser():
     return parser
 
 # %% ../nbs/18_evaluation.ipynb #f628494d
-@command
+@command("wmpo-evaluate")
 def main(argv=None):
     "Console script `wmpo-evaluate`: success rate of a policy in the real simulator, alone or against a baseline."
     args, preset = parse_preset(_parser(), argv)
@@ -340,6 +340,7 @@ def main(argv=None):
     run = open_run(args, preset, "wmpo-evaluate" + chosen, ("policy", "baseline", "stats", "states"))
     evaluations = evaluate_all(run, policies, states)
     run.close()
+    if args.states and is_main(): print(f"no exam for a policy whose dreams began at pictures of {args.states} (the authors' first_images do)")
     table = success_table(evaluations)
     if not is_main(): return
     with atomic_write(run.folder / "evaluation.md") as temporary: temporary.write_text(table + "\n")

@@ -2,23 +2,24 @@
 
 # %% auto #0
 __all__ = ['MAKES_WEIGHTS', 'DREAMLESS', 'DREAM', 'ABLATIONS', 'WMPO_CELLS', 'ALL_CELLS', 'KINDS', 'EXPERIMENTS', 'COMPARED',
-           'WEIGHTS', 'Job', 'job_name', 'changed_fields', 'read_json', 'write_json', 'stages_of', 'same_preset',
-           'cell_line', 'given_weights', 'is_finished', 'run_jobs', 'Cell', 'artefact', 'policy_of', 'exam', 'held_out',
-           'same_base_policy', 'matching_demo', 'make_base', 'make_trajectories', 'make_grpo', 'make_dpo', 'learning',
-           'make_wmpo', 'dream_of', 'count', 'compare_with_reality', 'peak_scores', 'make_truth', 'policy_series',
-           'judge_on_reality', 'make_agreement', 'noisy_world_model', 'open_loop', 'make_noise', 'vary',
-           'BranchedDream', 'branch_points', 'branched', 'make_ablation', 'repaint', 'disturb', 'displaced',
-           'disrupted', 'make_disruption', 'watch_trial', 'failed_grasps', 'recovery_film', 'make_recovery',
-           'make_lifelong', 'make_imitation', 'table1_jobs', 'noise_jobs', 'agreement_jobs', 'ablation_job',
-           'truth_job', 'alignment_jobs', 'flow_steps_jobs', 'ablations_jobs', 'disruptions_jobs', 'recoveries_jobs',
-           'lifelong_jobs', 'plan', 'only', 'cells_of', 'beside', 'result_of', 'settings_of', 'rests_on', 'check_alike',
-           'check_kept', 'known_cells', 'spared', 'collate', 'cell_words', 'open_lock', 'run_cell', 'main']
+           'WEIGHTS', 'NOT_OF_EXPERIMENTS', 'Job', 'job_name', 'changed_fields', 'read_json', 'write_json', 'stages_of',
+           'same_preset', 'cell_line', 'given_weights', 'is_finished', 'run_jobs', 'Cell', 'artefact', 'policy_of',
+           'exam', 'held_out', 'same_base_policy', 'matching_demo', 'make_base', 'make_trajectories', 'make_grpo',
+           'make_dpo', 'learning', 'make_wmpo', 'dream_of', 'count', 'compare_with_reality', 'peak_scores',
+           'make_truth', 'policy_series', 'judge_on_reality', 'make_agreement', 'noisy_world_model', 'open_loop',
+           'make_noise', 'vary', 'BranchedDream', 'branch_points', 'branched', 'make_ablation', 'repaint', 'disturb',
+           'displaced', 'disrupted', 'make_disruption', 'watch_trial', 'failed_grasps', 'recovery_film',
+           'make_recovery', 'make_lifelong', 'make_imitation', 'table1_jobs', 'noise_jobs', 'agreement_jobs',
+           'ablation_job', 'truth_job', 'alignment_jobs', 'flow_steps_jobs', 'ablations_jobs', 'disruptions_jobs',
+           'recoveries_jobs', 'lifelong_jobs', 'plan', 'only', 'cells_of', 'beside', 'result_of', 'settings_of',
+           'rests_on', 'check_alike', 'check_kept', 'known_cells', 'spared', 'collate', 'cell_words', 'open_lock',
+           'run_cell', 'main']
 
 # %% ../nbs/31_experiments.ipynb #73bc2242
 import base64, fcntl, fnmatch, io, json, os, shlex, subprocess, sys, time
 from argparse import SUPPRESS
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
@@ -30,12 +31,12 @@ import torch
 # %% ../nbs/31_experiments.ipynb #5842b553
 from .alignment import align, encode_windows, imagine_trajectory, load_world_model, save_world_model
 from .baselines import run_dpo, run_grpo
-from .collect import collect
-from .demo import Parts, gather_trajectories, one_round, practice_log, run_rounds, weight_digests
+from .collect import collect, gather_trajectories
+from .demo import Parts, one_round, practice_log, run_rounds, weight_digests
 from .dream import Dream
 from .evaluation import (Evaluation, agreement, calibration, departures, evaluate, psnr_by_frame, replay, ssim_by_frame,
                                 verdict_flips)
-from .from_scratch import make_demonstrations, shipped_weights, stage_checkpoints, stage_log, train_base_policy, weights_folder
+from .from_scratch import make_demonstrations, shipped_weights, stage_checkpoints, train_base_policy, weights_folder
 from .policy import OpenVLAOFT
 
 # %% ../nbs/31_experiments.ipynb #e0692e49
@@ -47,7 +48,7 @@ from .training import fast_precision
 from .weights import atomic_write, config_of, load_into
 from .simulator import Environment, Simulator, choose_gl
 from .stdit import STDiT
-from .trajectory import InitialState, TrajectoryBatch, rollout
+from .trajectory import InitialState, TrajectoryBatch, rollout, states_for
 from .vae import reconstruct_batch
 from .wmpo import first_frames
 from .world_model import WorldModel, action_inputs
@@ -204,7 +205,7 @@ def policy_of(cell: Cell, method: str) -> OpenVLAOFT:
 # %% ../nbs/31_experiments.ipynb #bf1fd584
 def exam(cell: Cell, policy, world: Simulator | None = None, states: list | None = None) -> Evaluation:
     "Greedy trials on the test states of the cell's seed, in the simulator of the task unless another `world` is given."
-    states = states or [InitialState(s, None) for s in seeds_for("test", cell.preset.evaluation.states, cell.seed)]
+    states = states or states_for("test", cell.preset.evaluation.states, cell.seed)
     before = Simulator.steps
     with cell.run.stage("evaluate"):
         found = evaluate(policy, world or Simulator(cell.preset.task, 0, every_frame=False), states, chunks=cell.preset.task.chunks,
@@ -376,7 +377,7 @@ def make_noise(cell: Cell) -> dict:
     world_model = noisy_world_model(cell.weights, cell.preset, noise)
     if not run.is_done("align"):
         with run.stage("align"):
-            align(world_model, encode_windows(parts.vae, batch, parts.stats, cell.preset.world_model), cell.preset.alignment, seed=cell.seed, log=stage_log(run, "align"),
+            align(world_model, encode_windows(parts.vae, batch, parts.stats, cell.preset.world_model), cell.preset.alignment, seed=cell.seed, log=partial(run.log, "align"),
                   checkpointer=stage_checkpoints(run, "align", cell.preset.alignment))
         save_world_model(path, world_model)
         run.done("align")
@@ -537,7 +538,7 @@ def recovery_film(environment: Environment, seed: int, actions: np.ndarray, colu
 def make_recovery(cell: Cell) -> dict:
     "Greedy trials of one method's policy, each watched again step by step: failed grasps, recoveries, a filmstrip of the first."
     preset, policy = cell.preset, policy_of(cell, cell.options["method"])
-    states = [InitialState(s, None) for s in seeds_for("test", preset.evaluation.states, cell.seed)]
+    states = states_for("test", preset.evaluation.states, cell.seed)
     world = Simulator(preset.task, 0, every_frame=False)
     counts, film = dict.fromkeys(("trials", "success", "failed_grasp", "recovered"), 0), None
     with cell.run.stage("evaluate"):
@@ -557,10 +558,7 @@ def _round(cell: Cell, number: int, policy, world_model, batches: list) -> tuple
     folder = cell.folder / f"round{number}"
     inner = SimpleNamespace(folder=folder, preset=cell.preset, seed=cell.seed, job=cell.job, run=cell.run.inner(folder.name))
     # a block of initial states of its own: later rounds must not try what earlier ones have seen
-    with inner.run.stage("collect"): batches.append(collect(policy, cell.preset, cell.cache, seed=cell.seed + 10 * (number - 1), workers=0))
-    if not inner.run.is_done("collect"):
-        inner.run.ledger.add(real_trajectories=len(batches[-1]), simulator_steps=int(batches[-1].length.sum()))
-        inner.run.done("collect")
+    batches.append(gather_trajectories(inner.run, policy, cell.cache, 0, seed=cell.seed + 10 * (number - 1)))
     together = TrajectoryBatch.cat(batches)
     parts = SimpleNamespace(vae=cell.parts.vae, stats=cell.parts.stats, world_model=lambda: world_model, classifier=cell.parts.classifier)
     dream, policy = one_round(inner.run, parts, policy, together, number=number - 1)
@@ -829,7 +827,7 @@ def collate(root: Path, experiment: str, results: Path, extend: bool = False) ->
 def cell_words(job: Job, args) -> list[str]:
     "The command line of one job."
     start = [sys.executable, "-c", "from wmpo_nb.experiments import main; raise SystemExit(main())", "cell", "--preset", job.preset.name]
-    place = ["--name", job.name, "--kind", job.kind, "--options", json.dumps(job.options), "--seed", str(job.seed), "--output", str(args.output)]
+    place = ["--name", job.name, "--kind", job.kind, "--options", json.dumps(job.options), "--cell-seed", str(job.seed), "--output", str(args.output)]
     weights = ["--weights", str(args.weights), "--cache", str(args.cache), *(["--demo", *map(str, args.demo)] if args.demo else [])]
     watched = ["--keep", str(args.keep), *(["--log-with", *args.log_with] if args.log_with else [])]
     return [*start, *place, *weights, *watched, *changed_fields(job.preset)]
@@ -850,7 +848,7 @@ def run_cell(args, preset: Preset):
     "Fill one cell and write its record, last of all."
     lock = open_lock(args.output / args.name)                   # held until the process ends
     torch.set_num_threads(1)                                    # as many cells as cores: more threads would only get in each other's way
-    job = Job(args.name, args.kind, preset, args.seed, json.loads(args.options))
+    job = Job(args.name, args.kind, preset, args.cell_seed, json.loads(args.options))
     if is_finished(args.output, job, args.weights): return      # by the process that had the lock
     cell = Cell(job, args.output, args.weights, args.cache, tuple(args.demo or ()), args.keep, args.log_with)
     experiment, found = job.name.split("/")[0], KINDS[job.kind](cell)
@@ -861,18 +859,21 @@ def run_cell(args, preset: Preset):
     lock.close()
 
 # %% ../nbs/31_experiments.ipynb #7e0e0b85
+NOT_OF_EXPERIMENTS = {"--dry-run": "--plan lists its cells, and each notes its minutes", "--seed": "--seeds names those of the cells",
+                      "--resume": "the same command always goes on, cell by cell"}
+
+# %% ../nbs/31_experiments.ipynb #ea9aa6a0
 def _parser():
-    parser = preset_parser("wmpo-experiment", "The paper's comparisons in cells: parallel, resumable, never computed twice.",
-                           "wmpo-experiment table1 --preset tiny_lift --budgets 128 512 --seeds 0 1 2\n"
-                           "wmpo-experiment table1 --preset tiny_lift --plan\n"
-                           "wmpo-experiment agreement --preset tiny_lift --seeds 0 1 2 --jobs 2\n"
-                           "wmpo-experiment flow-steps --seeds 0 --only 'truth-*' flow_steps-1\n"
-                           "wmpo-experiment table1 --seeds 10 --extend\n"
-                           "wmpo-experiment pages", without={"--dry-run": "--plan lists its cells, and each notes its minutes"})
+    parser = preset_parser("wmpo-experiment", "The paper's comparisons in cells: parallel, resumable, never computed twice. On the tiny tasks.",
+                           "wmpo-experiment table1 --budgets 128 512 --seeds 10 11 12 --extend\n"
+                           "wmpo-experiment table1 --preset tiny_stack --results runs/mine --plan\n"
+                           "wmpo-experiment agreement --seeds 10 11 12 --jobs 2 --extend\n"
+                           "wmpo-experiment flow-steps --seeds 10 --only 'truth-*' flow_steps-1 --extend\n"
+                           "wmpo-experiment pages", without=NOT_OF_EXPERIMENTS)
     parser.add_argument("experiment", choices=(*EXPERIMENTS, "pages", "cell"), metavar=f"{{{','.join((*EXPERIMENTS, 'pages'))}}}",
                         help="which; `pages` makes all tables and figures again from results/*.json")
     parser.add_argument("--budgets", type=int, nargs="+", metavar="P", help="numbers of real trajectories (default: the preset's)")
-    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", default=[0, 1, 2], help="seeds of everything (default: 0 1 2)")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", default=[10, 11, 12], help="seeds of everything (default: 10 11 12, on which nothing was developed)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these cells and those they need, by name as --plan ends with it; * for anything")
     parser.add_argument("--jobs", type=int, metavar="N", default=os.cpu_count() or 1, help="processes at a time (default: one per core)")
     parser.add_argument("--plan", action="store_true", help="list the cells and which are done, and stop")
@@ -882,6 +883,7 @@ def _parser():
     parser.add_argument("--results", type=Path, metavar="DIR", default=Path("results"), help="where JSON, tables and figures go (default: %(default)s)")
     parser.add_argument("--extend", action="store_true", help="keep the cells that RESULTS has and OUTPUT has not, of other seeds say, if they rest on the same weights and settings")
     for name in ("--name", "--kind", "--options"): parser.add_argument(name, help=SUPPRESS)
+    parser.add_argument("--cell-seed", type=int, help=SUPPRESS)
     return parser
 
 # %% ../nbs/31_experiments.ipynb #3010c084
@@ -892,21 +894,25 @@ def _jobs(args, preset: Preset) -> list[Job]:
     return spared(jobs, args.results, preset, args.weights) if args.extend else jobs
 
 
+def _check_results(args, jobs: list[Job]):
+    "Raise `UserError` if what `jobs` will make could not go into the result file."
+    path = args.results / f"{args.experiment}.json"
+    if not args.extend: check_kept(path, args.output, jobs)
+    check_alike(args.output, args.experiment, path if args.extend else None, jobs, args.weights)
+
+
 def _check(args, preset: Preset, jobs: list[Job]):
     "What can be known to be wrong before anything is started."
     if args.jobs < 1: raise UserError(f"--jobs must be 1 or more, not {args.jobs}")
     if len(set(args.seeds)) < len(args.seeds) or not set(args.seeds) <= set(range(100)): raise UserError(f"--seeds must be different, from 0 to 99: {args.seeds}")
-    if args.seed: raise UserError(f"--seed is not for experiments, which run several: --seeds {args.seed}")
-    path = args.results / f"{args.experiment}.json"
-    if not args.extend: check_kept(path, args.output, jobs)
-    check_alike(args.output, args.experiment, path if args.extend else None, jobs, args.weights)
+    _check_results(args, jobs)
     for demo in args.demo or []:
         if not (demo / "record.json").exists(): raise UserError(f"{demo} is not a finished run of wmpo-demo")
     choose_gl()
     Parts(args.weights, preset)
 
 # %% ../nbs/31_experiments.ipynb #afb1cbf2
-@command
+@command("wmpo-experiment")
 def main(argv=None):
     "Console script `wmpo-experiment`."
     words = list(sys.argv[1:] if argv is None else argv)
@@ -917,14 +923,18 @@ def main(argv=None):
         if not any(args.results.glob("*.json")): raise UserError(f"no results (*.json) in {args.results}")
         for page in write_pages(args.results): print(page)
         return
+    if not (args.weights or preset.name.startswith("tiny")): raise UserError(f"comparisons run on tiny_lift and tiny_stack: for {preset.name} use the commands of each stage")
     args.weights = args.weights or shipped_weights(preset)
     jobs = _jobs(args, preset)
     if args.plan:
-        for job in jobs: print("done  " if is_finished(args.output, job, args.weights) else "to do ", job.name)
-        return
+        for job in jobs: print("done  " if is_finished(args.output, job, args.weights) else "to do ", job.name, flush=True)
+        return _check_results(args, jobs)
     _check(args, preset, jobs)
     _remember_command(args.output, args.experiment, words)
     with heed_sigterm(): failed = run_jobs(args.output, jobs, lambda job: cell_words(job, args), args.jobs, args.weights)
     page = collate(args.output, args.experiment, args.results, args.extend)
     if page: print(f"results: {page}")
     if failed: raise UserError(f"{len(failed)} of {len(jobs)} cells failed: {', '.join(failed)}. The same command tries them again")
+
+# %% ../nbs/31_experiments.ipynb #6880d4a7
+if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

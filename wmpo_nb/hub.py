@@ -270,7 +270,7 @@ def _download(args, cache, offline: bool):
     print(f"{len(files)} files verified in {root}")
 
 # %% ../nbs/23_hub.ipynb #d4af0bbd
-@command
+@command("wmpo-download")
 def main(argv=None):
     "Console script `wmpo-download`: released checkpoints and data of one task."
     args = _parser().parse_args(argv)
@@ -393,3 +393,6 @@ def convert_states(source, target):
     except (TypeError, KeyError, ValueError, AttributeError):
         raise UserError(f"{source} is no list of states: each entry must have 'states' of one length and 'model'") from None
     save_states(target, states, scenes)
+
+# %% ../nbs/23_hub.ipynb #7d28073b
+if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

@@ -3,10 +3,11 @@
 # %% auto #0
 __all__ = ['ENVIRONMENTS', 'DISRUPTIONS', 'POD', 'LID', 'NUT', 'PIECES', 'EXPERTS', 'installed', 'SceneSnapshot',
            'MimicGenEnvironment', 'draw_states', 'disrupt', 'Insertion', 'Sweep', 'least_turns', 'insert_actions',
-           'read_demonstrations', 'render_demonstration', 'as_batch', 'render_demonstrations', 'check_task', 'main']
+           'read_demonstrations', 'render_demonstration', 'as_batch', 'render_demonstrations', 'check_demonstrations',
+           'main']
 
 # %% ../nbs/26_mimicgen.ipynb #37901015
-import contextlib, importlib.util, io, itertools, json
+import contextlib, importlib.util, io, itertools, json, sys
 from importlib import import_module
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -350,7 +351,7 @@ def read_demonstrations(path):
 
 # %% ../nbs/26_mimicgen.ipynb #ea874fba
 def render_demonstration(env: MimicGenEnvironment, scene: str, states, actions) -> dict:
-    "A demonstration drawn from its states: what `script_trial` gives. The last frame follows the last action, taken here."
+    "A demonstration drawn from its states: what `script_trial` gives but `intended` and `finish_step`. The last frame follows the last action, taken here."
     env.load_scene(scene)
     env.set_state(states[0])
     steps, horizon, frames = len(actions), env.task.horizon, []
@@ -391,7 +392,7 @@ def render_demonstrations(task: TaskConfig, source, folder, count: int | None = 
     return counts
 
 # %% ../nbs/26_mimicgen.ipynb #8a5a12ee
-def check_task(source, task: TaskConfig):
+def check_demonstrations(source, task: TaskConfig):
     "Raise `UserError` unless the HDF5 file `source` holds demonstrations of `task`."
     import h5py
     try:
@@ -426,7 +427,7 @@ def _states(args, preset):
     return f"{len(seeds)} states in {args.output / 'states.npz'}"
 
 # %% ../nbs/26_mimicgen.ipynb #2c86d8f9
-@command
+@command("wmpo-mimicgen")
 def main(argv=None):
     "Console script `wmpo-mimicgen`: files of states, and demonstrations as trajectories."
     args, preset = parse_preset(_parser(), argv)
@@ -441,6 +442,9 @@ def main(argv=None):
     if args.action == "states": return print(_states(args, preset))
     if not args.resume and any(args.output.glob("demo_*.tar")):
         raise UserError(f"{args.output} already holds demonstrations: add --resume to keep them, or choose another --output")
-    check_task(args.source, preset.task)
+    check_demonstrations(args.source, preset.task)
     counts = render_demonstrations(preset.task, args.source, args.output, args.count, args.resume)
     print(", ".join(f"{number} {what}" for what, number in counts.items()) + f"; in {args.output}")
+
+# %% ../nbs/26_mimicgen.ipynb #8c03f094
+if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

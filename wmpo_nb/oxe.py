@@ -596,7 +596,7 @@ def _parser():
     return parser
 
 # %% ../nbs/32_oxe.ipynb #3ba11a18
-@command
+@command("python -m wmpo_nb.oxe")
 def main(argv=None):
     "`python -m wmpo_nb.oxe`: add an entry for each data set to a dataset_statistics.json."
     args = _parser().parse_args(argv)

@@ -7,7 +7,7 @@ __all__ = ['PRESS', 'REACH', 'ONNXRUNTIME', 'TEMPLATE', 'RUNTIME_FILES', 'RealRo
            'show_page', 'save_gif', 'main', 'write_gif']
 
 # %% ../nbs/27_play.ipynb #932abeb9
-import base64, copy, gzip, hashlib, importlib.util, io, json, logging, math, shutil, subprocess, tarfile, warnings
+import base64, copy, gzip, hashlib, importlib.util, io, json, logging, math, shutil, subprocess, sys, tarfile, warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,12 +23,12 @@ from .from_scratch import shipped_weights
 from .dream import Dream
 from .evaluation import replay
 from .flow import euler_timesteps
-from .presets import Preset, TaskConfig, UserError, load_preset, seeds_for
+from .presets import Preset, TaskConfig, UserError, load_preset
 from .reward import load_reward
 from .run import LEARNS_NOTHING, command, parse_preset, preset_parser
 from .weights import atomic_write
 from .simulator import Simulator, choose_gl
-from .trajectory import InitialState, TrajectoryBatch, rollout
+from .trajectory import TrajectoryBatch, half_successes, rollout, states_for
 
 # %% ../nbs/27_play.ipynb #fa880220
 class RealRotary(nn.Module):
@@ -118,13 +118,11 @@ def to_onnx(module: nn.Module, inputs: dict) -> bytes:
 def recordings(parts: Parts, count: int = 4, seed: int = 0) -> TrajectoryBatch:
     "Trials of the base policy in the simulator, half of them successes where there are any. From the held-out initial states."
     choose_gl()
-    states = [InitialState(s, None) for s in seeds_for("held_out", 2 * count, seed)]
+    states = states_for("held_out", 2 * count, seed)
     task = parts.preset.task
     with Simulator(task, workers=0) as simulator:
         batch = rollout(parts.base, simulator, states, chunks=task.chunks, temperature=parts.preset.collect.temperature, seed=seed)
-    won, lost = batch.success.nonzero()[:, 0], (~batch.success).nonzero()[:, 0]
-    some = won[:max(count // 2, count - len(lost))]
-    return batch[torch.cat([some, lost[:count - len(some)]])]
+    return batch[half_successes(batch.success, count)]
 
 # %% ../nbs/27_play.ipynb #4a9e6756
 def film_url(frames: np.ndarray) -> str:
@@ -301,13 +299,13 @@ def _check_run(args, preset: Preset):
         raise UserError(f"{args.run} began with other weights: name their folder with --weights")
 
 # %% ../nbs/27_play.ipynb #82084d91
-@command
+@command("wmpo-play")
 def main(argv=None):
     "Console script `wmpo-play`: the page, or the GIF, for the shipped networks or those of a run."
     parser = preset_parser("wmpo-play", "Write a page in which the world model runs in the browser, to be driven with the keyboard.",
                            "wmpo-play                                        # runs/play/play.html, for the shipped networks\n"
                            "wmpo-play --run runs/demo                        # the aligned world model and the judge of a run\n"
-                           "wmpo-play --gif nbs/images/dream.gif             # a dream beside reality instead", without=LEARNS_NOTHING)
+                           "wmpo-play --gif nbs/images/dream.gif             # a dream beside reality instead", without=LEARNS_NOTHING | {"--resume": "it begins anew each time"})
     parser.add_argument("--run", type=Path, metavar="DIR", help="world model and judge of this run of wmpo-demo")
     parser.add_argument("--weights", type=Path, metavar="DIR", help="networks (default: the shipped ones)")
     parser.add_argument("--cache", type=Path, default=Path("runs/vendor"), metavar="DIR", help="for onnxruntime-web (default: %(default)s)")
@@ -329,3 +327,6 @@ def write_gif(path: Path, parts: Parts, world_model=None, classifier=None, seed:
     real = recordings(parts, seed=seed)
     dream = Dream(world_model or parts.world_model(), parts.vae, classifier or parts.classifier(), parts.stats)
     return save_gif(path, real, replay(dream, real, seed=seed))
+
+# %% ../nbs/27_play.ipynb #75db56c6
+if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

@@ -617,14 +617,17 @@ def check_config(folder: Path, preset: Preset):
     other = [f"--policy.{name} {json.dumps(value)}" for name, value in asdict(config).items() if value != wanted[name]]
     if other: raise UserError(f"the policy in {folder} is not of {preset.name}'s kind: add {' '.join(other)}")
 
-
+# %% ../nbs/07_policy.ipynb #e3c36b0f
 def load_policy(folder, preset: Preset, stats=None, stats_key: str | None = None, dtype=torch.float32) -> OpenVLAOFT:
     """The policy in `folder`, ours or a released one, of the preset's size and with its instruction.
 
     `stats`: a dataset_statistics.json if `folder` has none; `stats_key`: its entry, if it is not the task's. Raises `UserError`
-    for another kind of policy, another transformers, a missing entry of the statistics, or wrong shapes."""
+    for another kind of policy, another transformers, a missing entry of the statistics, other ones than the folder's, or wrong shapes."""
     check_config(Path(folder), preset)
-    path = stats or Path(folder) / "dataset_statistics.json"
+    own = Path(folder) / "dataset_statistics.json"
+    if stats and own.exists() and own.read_bytes() != Path(stats).read_bytes():
+        raise UserError(f"{folder} has a dataset_statistics.json of its own, which differs from {stats}: leave --stats out")
+    path = stats or own
     stats_key = stats_key or stats_entry(path, preset)
     return OpenVLAOFT.from_pretrained(folder, preset.policy, preset.task.instruction, dtype,
                                       stats=load_stats(stats, stats_key) if stats else None, stats_key=stats_key)

@@ -192,7 +192,6 @@ class WorldModelTrainConfig:
     ema: float = 0.999
     grad_clip: float = 1.0
     chunk_starts: float = 0.5                          # share of windows that begin where a dream's chunks do (0: all begin anywhere, as upstream)
-    replay_share: float = 0.0                          # share of each batch drawn from the pre-training data (alignment only)
     compile: bool = False                              # let torch.compile fuse the network: minutes of warm-up, then faster (needs a C++ compiler)
     activation_checkpointing: bool = False             # keep only each block's input and compute the rest again: less memory, a third more work
     log_every: int = 25
@@ -416,6 +415,10 @@ def _check_consistent(preset: Preset):
                         "set task.chunk_size, world_model.chunk_size and policy.chunk_size alike")
     for stage in ("task", "policy"):
         if getattr(preset, stage).action_dim != 7: raise UserError(f"{stage}.action_dim is 7: six numbers of the hand's motion and one of the gripper")
+    for stage in (f.name for f in fields(preset)):
+        kind = getattr(getattr(preset, stage), "optimizer", "adamw")
+        if kind not in ("adamw", "muon"): raise UserError(f"{stage}.optimizer is adamw or muon, not '{kind}'")
+    if not preset.policy.center_crop: raise UserError("policy.center_crop is the area kept of a picture, not 0")
     words = preset.policy.vocab_size - preset.policy.padded_vocab
     if preset.policy.bins > words: raise UserError(f"policy.bins {preset.policy.bins} is more than the {words} words of the policy")
     if min(preset.reward_pretraining.batch_size, preset.reward_training.batch_size) < 2: raise UserError("a batch of the judge is half successes, half not: a batch_size of at least 2")
@@ -471,7 +474,7 @@ _MAY_BE_ZERO = ("steps", "warmup_steps", "decay_steps", "iterations", "lora_rank
                 "action_history", "idle_steps", "hard_steps", "margin", "image_shift", "demonstrations", "near_misses", "play",
                 "first_clip_end")
 
-_SHARES = (".ema", ".accuracy_low", ".accuracy_high", ".center_crop")
+_SHARES = (".ema", ".accuracy_low", ".accuracy_high", ".center_crop", ".chunk_starts")
 
 def _check_range(key: str, value):
     "Raise `UserError` if no field `key` can have this number."
@@ -503,7 +506,7 @@ def differences(one: Preset, other: Preset) -> dict:
 OTHER_DIFFERENCES = (
     ("what the world model predicts", "the noise", "the velocity, data minus noise", "the velocity: the released weights need it"),
     ("length of the alignment", "3,000,000 steps", "not in the configuration", "`alignment.steps`; the default is our choice"),
-    ("spread of a group's scores", "population, no epsilon (Algorithm 1)", "sample (n - 1), plus 1e-6", "as released: the steps are 6 % smaller"),
+    ("spread of a group's scores", "population, no epsilon (Algorithm 1)", "sample (n - 1), plus 1e-6", "as released: the advantages are 6 % smaller, which AdamW nearly undoes"),
     ("importance ratio", "of a whole chunk (equation 3)", "of each of its 56 tokens", "as released"),
     ("negative clips of the judge", "balanced batches, from anywhere in failures", "the last clip of each failure, one random clip of each trial", "balanced, from failures and from before success"),
     ("pixels of the judge", "-", "trained with mean and deviation 0.5, used with ImageNet's", "ImageNet's for both; tiny presets: 0.5 for both"),
@@ -538,9 +541,16 @@ OTHER_DIFFERENCES += (
     ("positive clips of the judge", "-", "one of each success, its last frame the one before success", "every clip of a success whose last frame shows it"),
     ("cloning of the base policy", "-", "crops and colours; loss also on the stop token; a tenth of the rate after 100,000 steps", "shifts; loss on the action tokens, among the words of actions; one rate"),
     ("after a success", "-", "the trial stops; zeros fill the video", "the chunk is played to its end, as in a dream, and the world model learns from it"),
+)
+
+# %% ../nbs/00_presets.ipynb #3a26e82c
+OTHER_DIFFERENCES += (
     ("pictures of Open X-Embodiment", "-", "gripper from 0 to 1, videos at their own rate", "gripper from -1 to 1, about 20 a second; `--conventions released` for the former"),
     ("average of the world model's weights", "-", "one decay", "grows to it: (1 + n) / (10 + n) at first"),
     ("last layer of a new world model", "-", "random", "zero; released weights bring their own"),
+    ("Euler steps of a dreamt chunk", "-", "30 (10 in the scheduler's class)", "30; tiny presets: 2 (`world_model.flow_steps`)"),
+    ("texture of the generalisation test", "dark wood (a figure)", "matte green; dark wood commented out", "matte green (`--disrupt texture`)"),
+    ("simulator", "-", "robosuite at commit b9d8d3d, any mujoco", "robosuite 1.4.1, mujoco 3.3.7: other versions, other trials"),
 )
 
 # %% ../nbs/00_presets.ipynb #f6080f7a
@@ -555,7 +565,7 @@ def differences_page() -> str:
             "The paper and the code its authors released disagree in places. `--preset coffee_128` has the values of the released code, "
             "which the released weights need; `--preset coffee_128_paper` has the paper's. It is the same for the other tasks and for "
             "P = 1280, and any field can be set by itself, as in `--alignment.ema 0.9999`.\n\n"
-            f"## In the presets\n\n{rows(table)}\n\n## Elsewhere\n\n{rows(other)}\n\n"
+            f"## In the presets\n\n{rows(table)}\n\n## Elsewhere\n\nA dash: the paper, or the code, does not say.\n\n{rows(other)}\n\n"
             "This page is made from the presets by `wmpo_nb.presets.differences_page`; a test keeps the two in step.\n")
 
 # %% ../nbs/00_presets.ipynb #8f7bca9c

@@ -322,7 +322,7 @@ def _reward(record: dict) -> str:
 COUNTS = {"real_trajectories": "real trajectories used for training",
           "real_initial_frames": "first frames used as dream starts",
           "simulator_steps": "simulator steps", "imagined_frames": "imagined frames",
-          "optimiser_steps": "optimiser steps"}
+          "optimiser_steps": "optimiser steps of practice"}
 
 # %% ../nbs/19_report.ipynb #394f08ce
 def _ledger(record: dict) -> str:
@@ -544,7 +544,7 @@ def write_results(prefix, records: list[dict]):
         with atomic_write(path) as temporary: Path(temporary).write_text(text, encoding="utf-8")
 
 # %% ../nbs/19_report.ipynb #febe1266
-@command
+@command("wmpo-report")
 def main(argv=None):
     "Console script `wmpo-report`: write the report of a finished run again; `agreement` is passed on to `wmpo-experiment`."
     words = sys.argv[1:] if argv is None else argv
@@ -559,3 +559,6 @@ def main(argv=None):
     records = [load_record(run) for run in args.runs]
     if args.results: write_results(args.results, records)
     for run, record in zip(args.runs, records): print(write_report(Path(run) / "report.html", record))
+
+# %% ../nbs/19_report.ipynb #39478d45
+if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

@@ -109,7 +109,7 @@ def difference_text(found: dict | None) -> str:
 # %% ../nbs/29_results.ipynb #a901a3be
 def _by_seed(by_seed: dict[int, dict]) -> str:
     "Success of each seed, in percent."
-    return ", ".join(f"{100 * successes([c['outcome']]).float().mean():.1f}" for c in by_seed.values())
+    return ", ".join(f"{seed}: {100 * successes([c['outcome']]).float().mean():.1f}" for seed, c in by_seed.items())
 
 
 def _ledger_text(by_seed: dict[int, dict]) -> list[str]:
@@ -117,6 +117,12 @@ def _ledger_text(by_seed: dict[int, dict]) -> list[str]:
     return [f"{sum(c['ledger'].get(name, 0) for c in by_seed.values()) / max(len(by_seed), 1):,.0f}" for name in ("real_trajectories", "imagined_frames")]
 
 # %% ../nbs/29_results.ipynb #b900d150
+def _minutes(by_seed: dict[int, dict]) -> str:
+    "What a seed took to train, averaged: every variant, and choosing between them; neither collecting nor the exam."
+    own = lambda c: sum(s for stage, s in c["ledger"].get("seconds", {}).items() if stage not in ("collect", "evaluate", "agreement"))
+    return f"{sum(map(own, by_seed.values())) / 60 / max(len(by_seed), 1):.0f}"
+
+
 def table1_rows(cells: list[dict], preset: str, budget: int) -> list[list]:
     "One row a method: success, its seeds one by one, paired comparison with base and with the best baseline, length, cost."
     base, best, rows = base_of(cells, preset, budget), best_baseline(cells, preset, budget), []
@@ -127,12 +133,12 @@ def table1_rows(cells: list[dict], preset: str, budget: int) -> list[list]:
         length = relative_steps(base, by_seed)
         rows.append([name + (" (best baseline)" if method == best else ""), rate_text(*pooled_rate(by_seed)), _by_seed(by_seed),
                      "" if method == "base" else difference_text(compare(base, by_seed)), difference_text(compare(against, by_seed)),
-                     "" if length is None else f"{length:.1f} %", *_ledger_text(by_seed)])
+                     "" if length is None else f"{length:.1f} %", *_ledger_text(by_seed), "" if method == "base" else _minutes(by_seed)])
     return rows
 
 # %% ../nbs/29_results.ipynb #4531d954
 TABLE1_HEAD = ["method", "success, all seeds (95 %)", "by seed, %", "against base, points (paired)", "against the best baseline",
-               "length of successes", "real trajectories", "imagined frames"]
+               "length of successes", "real trajectories", "imagined frames", "minutes of a core"]
 
 # %% ../nbs/29_results.ipynb #17ffb28f
 def holm(p_values: dict[str, float], level: float = 0.05) -> set[str]:
@@ -419,10 +425,10 @@ def parts_of(cells: list[dict]) -> dict[str, list[dict]]:
     return found
 
 
-def _figure(width: float = 7, height: float = 3, columns: int = 1, rows: int = 1):
+def _figure(width: float = 7, height: float = 3, columns: int = 1, rows: int = 1, heights: list | None = None):
     from matplotlib.figure import Figure              # no window system, no global state
     figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False).ravel()
+    return figure, figure.subplots(rows, columns, squeeze=False, height_ratios=heights).ravel()
 
 # %% ../nbs/29_results.ipynb #f67871ee
 def _points(ax, x, groups: list[dict], label: str):
@@ -476,7 +482,7 @@ def _curve(ax, curves: list[list], label: str):
 # %% ../nbs/29_results.ipynb #ac86f599
 def gained_figure(cells: list[dict]):
     parts = {(preset, P): gained_groups(cells, preset, P) for preset, P in sorted({(c["preset"], c["P"]) for c in cells if "variant" in c})}
-    figure, axes = _figure(8 * len(parts), 0.8 + 0.4 * max(map(len, parts.values())), len(parts))
+    figure, axes = _figure(7, sum(0.9 + 0.3 * len(groups) for groups in parts.values()), 1, len(parts), [1 + len(groups) for groups in parts.values()])
     for ax, ((preset, P), groups) in zip(axes, parts.items()):
         for i, group in enumerate(groups.values()):
             if not group: continue
@@ -570,7 +576,7 @@ def table1_markdown(cells: list[dict]) -> str:
     return "\n".join([*parts, *note, "GRPO was run with two batch sizes (large, small), each with the whole budget; the better one on selection states is shown. DPO: each "
                       "trajectory of the commoner outcome paired once, in each of ten passes, with one of the rarer; beta 0.1; the best on "
                       "selection states of several learning rates, each named by its ratio to GRPO's. The trials of selection (64 states a "
-                      "variant) are real too and not in the budget; WMPO has none, its dream chooses.", "",
+                      "variant) are real too and not in the budget; WMPO has none, its dream chooses. Minutes: all variants and their selection, one core of a shared machine.", "",
                       *verdicts(table1_comparisons(cells)), "", "### The paper's own Table 1 (128 states each; not made here)", "", paper_table1(), ""])
 
 # %% ../nbs/29_results.ipynb #4a4ba79b
@@ -578,14 +584,14 @@ def dreams_and_gains(cells: list[dict]) -> str: return "\n".join([truth_markdown
 
 # %% ../nbs/29_results.ipynb #bdc9edb0
 # title, page and figure of each experiment
-PAGES = {"table1": ("Success by method and real budget", table1_markdown, table1_figure),
+PAGES = {"table1": ("Table 1: success by method and real budget", table1_markdown, table1_figure),
          "noise": ("Noise on context frames", noise_markdown, noise_figure),
          "alignment": ("With and without alignment", dreams_and_gains, truth_figure),
          "agreement": ("Dream against reality", agreement_markdown, agreement_figure),
          "flow-steps": ("Flow steps", dreams_and_gains, truth_figure),
-         "disruptions": ("Generalisation", disruptions_markdown, disruptions_figure),
-         "recoveries": ("Self-correction", recoveries_markdown, None),
-         "lifelong": ("Lifelong learning", lifelong_markdown, lifelong_figure),
+         "disruptions": ("Disruptions (Table 2): generalisation", disruptions_markdown, disruptions_figure),
+         "recoveries": ("Recoveries (Fig. 3): self-correction", recoveries_markdown, None),
+         "lifelong": ("Lifelong learning (Fig. 6)", lifelong_markdown, lifelong_figure),
          "ablations": ("Ablations", gained_markdown, gained_figure)}
 
 # %% ../nbs/29_results.ipynb #23422ea7
@@ -632,7 +638,7 @@ def _asked(line: str) -> dict[str, set]:
         else: found[name].add(word)
     preset = load_preset(*found.get("--preset", {"tiny_lift"}))
     places = "--output", "--results", "--cache", "--demo", "--jobs", "--keep", "--resume", "--extend"
-    plain = {"--preset": {preset.name}, "--seeds": {"0", "1", "2"}, "--budgets": {str(preset.collect.trajectories)}, "--only": {"*"}}
+    plain = {"--preset": {preset.name}, "--seeds": {"10", "11", "12"}, "--budgets": {str(preset.collect.trajectories)}, "--only": {"*"}}
     return plain | {name: values for name, values in found.items() if name not in places}
 
 
@@ -650,7 +656,8 @@ def without_covered(lines: list[str]) -> list[str]:
 def page_markdown(record: dict) -> str:
     "The page of one result file."
     title, body, figure = PAGES[record["experiment"]]
-    made = ["Made by", "", *(f"- `{command}`" for command in without_covered(record["commands"])), "", *seeds_lines(record["cells"])]
+    made = ["Made by", "", *(f"- `{command}`" for command in without_covered(record["commands"])), "", *([record["note"], ""] if record.get("note") else []),
+            *seeds_lines(record["cells"])]
     picture = [f"![{title}](figures/{record['experiment']}.png)", ""] if figure else []
     text = body(record["cells"])
     return "\n".join([f"# {title}", "", *made, "", *picture, text, *(f"{note}\n" for note in notes(text))])

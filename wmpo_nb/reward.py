@@ -6,7 +6,7 @@ __all__ = ['RELEASED_NAMES', 'NEGATIVE_SHARES', 'RULE', 'resize_and_crop', 'prep
            'decide', 'judge', 'clip_pools', 'clips_at', 'sample_clips', 'augment', 'hardest', 'f1_score', 'f_beta',
            'select_threshold', 'calibrate', 'split_trajectories', 'block_named', 'checked_pools', 'mined_clips',
            'clip_terms', 'train_reward', 'save_reward', 'judging', 'load_reward', 'load_pth', 'save_pth', 'check_heads',
-           'load_pretrained', 'start_of', 'main']
+           'load_pretrained', 'start_of', 'training_stage', 'main']
 
 # %% ../nbs/14_reward.ipynb #852bffb9
 import json
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 # %% ../nbs/14_reward.ipynb #02aa1e4d
 from .presets import PRESETS, Preset, RewardConfig, RewardTrainConfig, UserError
 from .processes import is_main, prepare, start_processes
-from .run import command, open_run, parse_preset, preset_parser, progress
+from .run import command, open_run, parse_preset, preset_parser, progress, refuse_fields
 from .training import EMA, fast_precision, make_optimizer, train_step
 from .weights import check_fits, config_of, load_config, load_into, load_pickled, load_tensors, save_tensors, save_weights
 from .trajectory import TrajectoryBatch, read_shards
@@ -327,6 +327,9 @@ def train_reward(classifier: SuccessClassifier, batch: TrajectoryBatch, config: 
     `batch.frames` should have passed the VAE, as dreams do. `classifier.metrics` holds f1, precision, recall, threshold and
     finish_error of the held-out trajectories. With `config.steps` 0 nothing is trained, so all of them set the threshold.
     Raises `UserError` if the data lack successes or anything else."""
+    if not len(clip_ends(batch.frames.shape[1], classifier.config)):
+        raise UserError(f"no clip to judge: the trajectories have {batch.frames.shape[1]} frames, and the first clip ends after "
+                        f"{max(classifier.config.first_clip_end, classifier.config.clip_length)} (reward.first_clip_end, reward.clip_length)")
     parts = split_trajectories(batch.success, config.held_out_share, torch.Generator().manual_seed(seed))
     training, held_out = (batch[part] for part in parts) if config.steps else (batch, batch)
     pools = checked_pools(training, config, classifier.config.clip_length)
@@ -420,6 +423,10 @@ def start_of(path, preset: Preset) -> SuccessClassifier:
     return load_pretrained(path, preset.reward) if pretrained else load_reward(path, preset=preset)
 
 # %% ../nbs/14_reward.ipynb #d9930f44
+def training_stage(start, preset: Preset) -> str:
+    "The stage of the preset that sets how the classifier is trained: from `start`, or from random weights (None)."
+    return "reward_training" if start or not preset.reward_pretraining.steps else "reward_pretraining"
+
 def _parser():
     parser = preset_parser("wmpo-train-reward", "Train the success classifier on real trajectories, seen through the VAE.",
                            "wmpo-train-reward --preset tiny_lift --data runs/collect --vae runs/vae/vae.safetensors --output runs/reward\n"
@@ -435,12 +442,14 @@ def _parser():
     return parser
 
 # %% ../nbs/14_reward.ipynb #c0ca3c16
-@command
+@command("wmpo-train-reward")
 def main(argv=None):
     "Console script `wmpo-train-reward`: train the success classifier on a folder of shards."
     from wmpo_nb.vae import load_vae, reconstruct_shards
     args, preset = parse_preset(_parser(), argv)
-    config = preset.reward_training if args.start or not preset.reward_pretraining.steps else preset.reward_pretraining
+    stage = training_stage(args.start, preset)
+    config, other = getattr(preset, stage), ({"reward_training", "reward_pretraining"} - {stage}).pop()
+    refuse_fields(preset, f"{other}.", f"with{'' if args.start else 'out'} --start the settings are those of {stage}")
     torch.manual_seed(args.seed)
     accelerator = start_processes()
     classifier = (start_of(args.start, preset) if args.start else SuccessClassifier(preset.reward)).to(accelerator.device)
@@ -450,7 +459,7 @@ def main(argv=None):
         if args.vae: batch = reconstruct_shards(load_vae(args.vae).to(accelerator.device), batch, run.folder / "seen")
         classifier = train_reward(classifier, batch, config, seed=args.seed,
                                   checkpointer=run.checkpointer(config.checkpoint_every),
-                                  log=lambda step, **numbers: run.log("reward", step, **numbers))
+                                  log=partial(run.log, "reward"))
     run.close()
     accelerator.wait_for_everyone()                            # nobody looks at the pictures any more
     if is_main():

@@ -5,6 +5,7 @@ __all__ = ['policy_actions', 'demonstration_windows', 'smoothed_targets', 'imita
 
 # %% ../nbs/08_sft.ipynb #8281f1da
 import sys
+from functools import partial
 
 import torch
 
@@ -96,7 +97,7 @@ def _parser():
     return parser
 
 # %% ../nbs/08_sft.ipynb #6b65ff26
-@command
+@command("wmpo-sft")
 def main(argv=None):
     "Console script `wmpo-sft`: clone the demonstrations in a folder of shards."
     args, preset = parse_preset(_parser(), argv, can_shard=True)
@@ -110,7 +111,7 @@ def main(argv=None):
     run = open_run(args, preset, "wmpo-sft", ("data", "start", "stats"))
     frames, chunks = demonstration_windows(batch, policy.stats, chunk=preset.policy.chunk_size, labels=batch.intended)
     with run.stage("sft"):
-        train_sft(policy, frames, chunks, preset.sft, seed=args.seed, log=lambda step, **numbers: run.log("sft", step, **numbers),
+        train_sft(policy, frames, chunks, preset.sft, seed=args.seed, log=partial(run.log, "sft"),
                   checkpointer=run.checkpointer(preset.sft.checkpoint_every))
     run.close()
     folder = run.folder / "policy"

@@ -459,8 +459,9 @@ _environment: Environment | None = None      # of a worker process
 
 # %% ../nbs/06_simulator.ipynb #96616a10
 def check_task(task: TaskConfig):
-    "Raise `UserError` if trials of `task` need MimicGen and it is not installed: better said here than by a worker process."
-    if task.name in PAPER_TASKS and not import_module("wmpo_nb.mimicgen").installed(): raise UserError(explain_unknown_task(task.name))
+    "Raise `UserError` if there is no such task, or it needs MimicGen and that is not installed: better said here than by a worker process."
+    known = import_module("wmpo_nb.mimicgen").installed() if task.name in PAPER_TASKS else task.name in TASKS
+    if not known: raise UserError(explain_unknown_task(task.name))
 
 def make_environment(task: TaskConfig) -> Environment:
     "The environment of `task`, ours or MimicGen's. Raises `UserError` when there is none."
@@ -598,6 +599,7 @@ def scripted_styles(kind: str, count: int, seed: int = 0) -> list[Style]:
 # %% ../nbs/06_simulator.ipynb #fb17d68b
 def collect_scripted(simulator: Simulator, folder, kind: str, seeds, shard: int = 25) -> int:
     "Write scripted trials to `folder`, one tar per `shard` trials; tars of the same trials are kept. Returns the control steps of all."
+    if not seeds: return 0
     folder, paths, styles = Path(folder), [], scripted_styles(kind, len(seeds), seeds[0])
     folder.mkdir(parents=True, exist_ok=True)
     for i in progress(range(0, len(seeds), shard), f"{simulator.task.name} {kind}"):

@@ -188,7 +188,7 @@ def train_step(accelerator, loss_of, batch: tuple, model, optimizer, step: int, 
     """One optimiser step on `batch`, tensors [B, ...] that all processes have drawn alike and of which each takes its share.
 
     `loss_of(*part)` gives means over a part of the batch by name, `loss` among them. Returns them for the whole batch, and
-    `gradient_norm`. The result does not depend on the number of processes or passes, but for rounding, if
+    `grad_norm`. The result does not depend on the number of processes or passes, but for rounding, if
     `loss_of` treats each example by itself. `step` counts from 0.
     Raises `Diverged` on a loss or a norm that is not a number, and on a loss that explodes.
     """
@@ -196,4 +196,4 @@ def train_step(accelerator, loss_of, batch: tuple, model, optimizer, step: int, 
     terms = _accumulate(accelerator, loss_of, batch)
     check_finite(terms["loss"], step, checkpointer)
     sum_gradients(model.parameters())
-    return terms | {"gradient_norm": _apply_gradients(model, optimizer, step, config, checkpointer)}
+    return terms | {"grad_norm": _apply_gradients(model, optimizer, step, config, checkpointer)}

@@ -293,7 +293,7 @@ def reconstruct_shards(vae: VAE, batch: TrajectoryBatch, folder) -> TrajectoryBa
     return read_shards(sorted(folder.glob("*.seen")), stored=True)
 
 # %% ../nbs/09_vae.ipynb #082928e5
-@command
+@command("wmpo-train-vae")
 def main(argv=None):
     "Console script `wmpo-train-vae`: train the tiny VAE on the frames of a folder of shards."
     parser = preset_parser("wmpo-train-vae", "Train the tiny VAE (the paper's size is downloaded, not trained).",
@@ -310,7 +310,7 @@ def main(argv=None):
     with run.stage("vae"):
         vae = train_vae(VAE(preset.vae), frames, preset.vae_training, seed=args.seed,
                         checkpointer=run.checkpointer(preset.vae_training.checkpoint_every),
-                        log=lambda step, **numbers: run.log("vae", step, **numbers))
+                        log=partial(run.log, "vae"))
     run.close()
     if is_main():
         save_vae(run.folder / "vae.safetensors", vae)

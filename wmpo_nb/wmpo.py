@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['NOT_IN_PRACTICE', 'mix_seed', 'draw_states', 'NothingToLearn', 'decision_frames', 'try_states', 'gather',
-           'forward_passes', 'token_statistics', 'kl_to_start', 'update', 'Waiting', 'go_back', 'trial_film', 'Filmed',
-           'WithoutAdapters', 'Mean', 'Best', 'validate', 'train_wmpo', 'first_frames', 'dream_starts', 'refuse_greedy',
-           'main']
+           'forward_passes', 'valid_tokens', 'token_statistics', 'kl_to_start', 'update', 'Waiting', 'go_back',
+           'trial_film', 'Filmed', 'WithoutAdapters', 'Mean', 'Best', 'validate', 'train_wmpo', 'first_frames',
+           'dream_starts', 'refuse_greedy', 'main']
 
 # %% ../nbs/17_wmpo.ipynb #d59f5307
 import math, resource, sys, time
@@ -24,11 +24,11 @@ from torch import Tensor
 from .grpo import (action_mask, advantages, keep_groups, success_rewards, token_weights,
                           weighted_policy_loss)
 from .policy import adapters_off, load_policy, prepare_policy, save_trained, trained_part
-from .presets import GRPOConfig, UserError, seeds_for
+from .presets import GRPOConfig, UserError
 from .processes import from_main, is_main, my_share, place, processes, start_processes, sum_gradients, sum_over_processes
 from .run import Checkpointer, Run, Stopped, command, open_run, parse_preset, preset_parser, progress, refuse, stop_if_asked
 from .training import clip_gradients, float_copy, naming_checkpoint
-from .trajectory import InitialState, TrainablePolicy, TrajectoryBatch, World, load_first_frames, read_shards, rollout
+from .trajectory import InitialState, TrainablePolicy, TrajectoryBatch, World, load_first_frames, read_shards, rollout, states_for
 
 # %% ../nbs/17_wmpo.ipynb #c0f4a2c8
 def mix_seed(*numbers: int) -> int:
@@ -59,8 +59,7 @@ def _explain(success: Tensor) -> str:
 # %% ../nbs/17_wmpo.ipynb #4df2143f
 def decision_frames(batch: TrajectoryBatch) -> TrajectoryBatch:
     "`batch` with the frames its chunks were decided on and the last one, uint8 [B, n_chunks + 1, H, W, 3]."
-    per_chunk = (batch.frames.shape[1] - 1) // batch.tokens.shape[1]    # 1 if the world shows only the last ones
-    return replace(batch, frames=batch.frames[:, ::per_chunk].contiguous())
+    return replace(batch, frames=batch.frames[:, ::batch.frames_per_chunk].contiguous())
 
 # %% ../nbs/17_wmpo.ipynb #d239371e
 def _my_blocks(policy, world, blocks: list, config: GRPOConfig, *, stoppable: bool = True, **options) -> dict:
@@ -151,11 +150,14 @@ def forward_passes(mask: Tensor, config: GRPOConfig) -> list[list[Tensor]]:
     return [list(pairs[step == i].split(config.micro_batch * mask.shape[1])) for i in step.unique().tolist()]
 
 # %% ../nbs/17_wmpo.ipynb #b226cbdb
+def valid_tokens(batch: TrajectoryBatch) -> Tensor:
+    "bool [B, n_chunks, 56]: True at the tokens of actions before the end of their trial."
+    return action_mask(batch.finish_step, batch.tokens.shape[1], batch.chunk, batch.actions.shape[2])
+
 def token_statistics(policy, batch: TrajectoryBatch, pairs: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     "Log-probability and entropy, float32 [n, 56], of what was done in the (trajectory, chunk) `pairs` int64 [n, 2]."
     trajectory, chunk = pairs.unbind(1)
-    frames_per_chunk = (batch.frames.shape[1] - 1) // batch.tokens.shape[1]    # 1 if the world shows only the last ones
-    frames = batch.frames[trajectory, chunk * frames_per_chunk]
+    frames = batch.frames[trajectory, chunk * batch.frames_per_chunk]
     return policy.log_probs_and_entropy(frames, batch.tokens[trajectory, chunk], temperature)
 
 # %% ../nbs/17_wmpo.ipynb #ee050220
@@ -170,8 +172,7 @@ def _prepare(policy, batch: TrajectoryBatch, config: GRPOConfig, temperature: fl
     the KL to the `start` policy [n, 56], log-probabilities before the update [n, 56]. The first `stale` trajectories keep, as
     the old ones, those they were made with.
     All processes get as many passes: some repeat one, with weights of zero."""
-    chunk = batch.actions.shape[1] // batch.tokens.shape[1]
-    mask = action_mask(batch.finish_step, batch.tokens.shape[1], chunk, batch.actions.shape[2])
+    mask = valid_tokens(batch)
     weights = torch.cat([token_weights(part) for part in mask.split(config.mini_batch)])
     scores = advantages(success_rewards(batch.success), config.group_size)
     def one(pairs, counts: bool):
@@ -420,7 +421,7 @@ def train_wmpo(policy: TrainablePolicy, world: World, states: list[InitialState]
     start = _start_policy(policy, config, accelerator)
     policy, optimizer = prepare_policy(accelerator, policy, config, seed)
     best = Best(trained_part(policy), bool(config.validate_every))
-    if run and log is None: log = lambda iteration, **numbers: run.log("grpo", iteration, **numbers)
+    if run and log is None: log = partial(run.log, "grpo")
     first = go_back(checkpointer, run, "grpo", policy=best.trained, optimizer=optimizer, waiting=waiting, best=best)
     before = {} if first else _try_start(best, policy, world, states, config, chunks)
     with _kept(best, policy, world, states, config, chunks):
@@ -502,6 +503,7 @@ def _practise(run, policy, world, states, args):
         if args.save_every and (iteration + 1) % args.save_every == 0:
             save_trained(run.folder / f"policies/{iteration + 1:06d}", policy, args.policy, args.stats)
     preset, checkpointer = run.preset, run.checkpointer(run.preset.grpo.checkpoint_every)
+    if args.world == "dream": run.ledger.real_initial_frames = len(states)
     with run.stage("grpo"):
         try: train_wmpo(policy, world, states, preset.grpo, chunks=preset.task.chunks, seed=args.seed, run=run, log=log,
                         temperature=preset.collect.temperature, checkpointer=checkpointer)
@@ -522,7 +524,7 @@ def _check(args, preset):
         if getattr(args, name) is None: raise UserError(f"a dream needs --{name.replace('_', '-')}; see --help")
 
 # %% ../nbs/17_wmpo.ipynb #26ba56e3
-@command
+@command("wmpo-train")
 def main(argv=None):
     "Console script `wmpo-train`: load and check everything, run the loop, write the policy."
     args, preset = parse_preset(_parser(), argv, can_shard=True)
@@ -531,8 +533,7 @@ def main(argv=None):
     if args.world == "dream": world, states = _dream(args, preset, policy.stats)
     else:
         from wmpo_nb.simulator import Simulator
-        seeds = seeds_for("collection", preset.collect.trajectories, args.seed)
-        world, states = Simulator(preset.task), [InitialState(seed, None) for seed in seeds]
+        world, states = Simulator(preset.task), states_for("collection", preset.collect.trajectories, args.seed)
     run = open_run(args, preset, f"wmpo-train --world {args.world}", ("policy", "stats", "world_model", "vae", "reward", "data"))
     _practise(run, policy, world, states, args)
     save_trained(run.folder / "policy", policy, args.policy, args.stats)
