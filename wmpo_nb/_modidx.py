@@ -355,6 +355,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'wmpo_nb.from_scratch.JoinedWindows.sample': ( 'from_scratch.html#joinedwindows.sample',
                                                                                      'wmpo_nb/from_scratch.py'),
                                       'wmpo_nb.from_scratch._task_config': ('from_scratch.html#_task_config', 'wmpo_nb/from_scratch.py'),
+                                      'wmpo_nb.from_scratch.check_scripted': ( 'from_scratch.html#check_scripted',
+                                                                               'wmpo_nb/from_scratch.py'),
                                       'wmpo_nb.from_scratch.make_demonstrations': ( 'from_scratch.html#make_demonstrations',
                                                                                     'wmpo_nb/from_scratch.py'),
                                       'wmpo_nb.from_scratch.make_pretraining_data': ( 'from_scratch.html#make_pretraining_data',

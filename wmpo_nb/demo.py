@@ -18,7 +18,7 @@ from .alignment import align, encode_windows, load_world_model, save_world_model
 from .collect import collect, gather_trajectories
 from .dream import Dream
 from .evaluation import Evaluation, agreement, evaluate_all, replay, success_table
-from .from_scratch import make_weights, shipped_weights, stage_checkpoints
+from .from_scratch import check_scripted, make_weights, shipped_weights, stage_checkpoints
 from .policy import OpenVLAOFT, check_config
 from .presets import GRPOConfig, Preset, UserError
 from .processes import start_processes
@@ -248,7 +248,9 @@ def main(argv=None):
     check_rounds(preset)
     refuse_fields(preset, "reward.threshold", "the judge's threshold is chosen on the collected trials")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1: raise UserError("wmpo-demo runs in one process: launch the commands of each stage on several")
-    if args.from_scratch: refuse(args, ["weights"], "--from-scratch makes its own")
+    if args.from_scratch:
+        refuse(args, ["weights"], "--from-scratch makes its own")
+        check_scripted(preset)
     choose_gl()
     if not args.from_scratch: parts = Parts(args.weights or shipped_weights(preset), preset)
     run = open_run(args, preset, "wmpo-demo")

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['SHIPPED', 'shipped_weights', 'make_demonstrations', 'make_pretraining_data', 'train_base_policy', 'stage_checkpoints',
            'pretraining_batches', 'real_frames', 'train_autoencoder', 'JoinedWindows', 'pretraining_windows',
-           'pretrain_world_model', 'pretrain_reward', 'make_weights', 'weights_folder']
+           'pretrain_world_model', 'pretrain_reward', 'check_scripted', 'make_weights', 'weights_folder']
 
 # %% ../nbs/20_from_scratch.ipynb #03a70a5c
 import math
@@ -159,12 +159,16 @@ def pretrain_reward(run: Run, preset: Preset, vae: VAE) -> SuccessClassifier:
     return classifier
 
 # %% ../nbs/20_from_scratch.ipynb #c76b05bb
+def check_scripted(preset: Preset):
+    "Raise `UserError` if `preset.pretrain_data` names a task without seeds for scripted trials."
+    unknown = [task for task in preset.pretrain_data.tasks if task not in _BLOCKS]
+    if unknown: raise UserError(f"pretrain_data.tasks: no scripted trials of {', '.join(unknown)}; known: {', '.join(_BLOCKS)}")
+
 def make_weights(run: Run, preset: Preset, workers: int | None = None) -> Path:
     "Every stage that is not done yet; the folder with the weights. Interrupt it at will: each stage resumes."
     def once(stage, function, *arguments):
         if not run.is_done(stage): function(run, preset, *arguments); run.done(stage)
-    folder, unknown = weights_folder(run), [task for task in preset.pretrain_data.tasks if task not in _BLOCKS]
-    if unknown: raise UserError(f"pretrain_data.tasks: no scripted trials of {', '.join(unknown)}; known: {', '.join(_BLOCKS)}")
+    folder = weights_folder(run)
     once("demonstrations", make_demonstrations, workers)
     once("pretraining data", make_pretraining_data, workers)
     once("sft", train_base_policy)

@@ -47,7 +47,7 @@ def asked_to_stop() -> bool:
 def stop(saved):
     "Raise `Stopped`; `saved` says what is on the disk."
     _STOP.clear()
-    raise Stopped(f"told to stop (SIGTERM): {saved}. The same command with --resume goes on from there")
+    raise Stopped(f"told to stop (SIGTERM): {saved}. The same command goes on from there, with --resume if it has that option")
 
 def stop_if_asked(saved):
     "`stop` if any process was told to."
@@ -642,7 +642,7 @@ def _run_main(name: str, main: Callable, argv: list[str] | None) -> int:
         if error.errno not in _DISK_ERRORS: raise
         message, code = f"{error.strerror}: {error.filename or 'while writing'}", 2
     except KeyboardInterrupt:
-        message, code = "stopped. If the command has --resume, the same one with it goes on from the last checkpoint", 130
+        message, code = "stopped. The same command goes on from the last checkpoint, with --resume if it has that option", 130
     finally:
         for key, value in before.items(): os.environ.pop(key, None) if value is None else os.environ.update({key: value})
     print(f"{name}: {message}", file=sys.stderr)
