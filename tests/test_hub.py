@@ -737,7 +737,7 @@ def itself():
 
 @pytest.mark.parametrize("value", [
     {1, 2}, b"bytes", 1j, None, (1, 2), OrderedDict(a=1), io.StringIO("x"), Path("x"), print, Streams, np.array(["text"]),
-    np.array([{}], dtype=object), np.array(["2026-01-01"], dtype="M8[D]"), np.zeros(2, dtype=[("a", "f8")]), np.zeros, itself()], ids=str)
+    np.array([{}], dtype=object), np.array(["2026-01-01"], dtype="M8[D]"), np.zeros(2, dtype=[("a", "f8")]), np.zeros, itself()], ids=lambda value: type(value).__name__)
 def test_anything_but_data_is_refused(tmp_path, value):
     try: data = pickle.dumps([value])
     except TypeError: pytest.skip("cannot be pickled at all")

@@ -107,6 +107,24 @@ def test_turns_lead_to_the_grasp_and_to_the_target_within_the_joints_reach(joint
         assert abs(joint - first) < 2.7 and abs(joint - first - second) < 2.7
 
 
+def test_the_hand_takes_the_part_from_the_nearer_side():
+    "The nut may be taken from two sides, both within reach, and fits as it lies."
+    first, second, fingers, _ = least_turns(-1.0, 0.0, -np.pi, 0.0, NUT)
+    assert np.allclose((first, second, fingers), (1 - np.pi / 2, 0, -np.pi / 2))
+
+
+def test_states_are_drawn_of_the_test_seeds(tmp_path, monkeypatch, capsys):
+    drawn = []
+    def draw(task, seeds, change):
+        drawn.append(seeds)
+        return np.zeros((len(seeds), 4)), ["<m/>"] * len(seeds)
+    monkeypatch.setattr("wmpo_nb.mimicgen.draw_states", draw)
+    argv = ["states", "--preset", "square_128", "--output", str(tmp_path)]
+    assert main([*argv, "--count", "3", "--seed", "2"]) == 0 and "3 states in" in capsys.readouterr().out
+    assert main(argv) == 0
+    assert drawn == [seeds_for("test", 3, 2), seeds_for("test", load_preset("square_128").evaluation.states)]
+
+
 @pytest.mark.skipif(installed(), reason="MimicGen is installed")
 def test_without_mimicgen_the_install_line_is_given():
     with pytest.raises(UserError, match="needs NVlabs' MimicGen: pip install"): Simulator(load_preset("square_128").task, 0)

@@ -22,8 +22,8 @@ from helpers import refusal
 
 from wmpo_nb import oxe
 from wmpo_nb.alignment import main
-from wmpo_nb.oxe import (OXE_MIXTURE, RELEASED, Conventions, Mixture, RobotVideos, RobotWindows, Shuffle, Source, WindowStream, find_action_stats,
-                         find_sources, latent_sampler, normalize_actions, write_dataset, write_video)
+from wmpo_nb.oxe import (OXE_MIXTURE, RELEASED, Conventions, Mixture, RobotVideos, RobotWindows, Shuffle, Source, WindowStream, compute_stats,
+                         find_action_stats, find_sources, latent_sampler, normalize_actions, thin_out, write_dataset, write_video)
 from wmpo_nb.presets import UserError, load_preset
 from wmpo_nb.run import read_metrics
 from wmpo_nb.weights import load_weights
@@ -122,6 +122,18 @@ def test_a_data_set_that_others_wrote(tmp_path):
         assert (times(videos.frames(e, range(n), 16)) == np.arange(n)).all() and (videos.actions(e) == parts[e][1]).all()
 
 
+def test_episodes_are_looked_for_in_their_chunks(data, tmp_path):
+    "Version 2 with three episodes a folder."
+    folder = Path(shutil.copytree(data / "left", tmp_path / "left"))
+    edit(folder / "meta/info.json", chunks_size=3)
+    for path in [*folder.rglob("episode_000003.*")]:
+        moved = folder / path.relative_to(folder).as_posix().replace("chunk-000", "chunk-001")
+        moved.parent.mkdir(parents=True)
+        path.rename(moved)
+    videos = RobotVideos(Source(str(folder)))
+    for e, n in enumerate(LENGTHS["left"]): assert (times(videos.frames(e, range(n), 16)) == np.arange(n)).all() and len(videos.actions(e)) == n
+
+
 # --- windows -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("d, conventions, stride, late", [
@@ -164,6 +176,12 @@ def test_grippers_speak_one_language(sources):
             assert part.window(0, last)[1][-1, 6] == closed
 
 
+def test_a_thinned_action_is_the_mean_move_and_the_grippers_last_word():
+    actions = torch.tensor([[0.0] * 6 + [-1], [1.0] * 6 + [1], [0.5] * 6 + [1], [0.5] * 6 + [-1]])
+    assert torch.equal(thin_out(actions, 2), torch.tensor([[0.5] * 6 + [1], [0.5] * 6 + [-1]]))
+    assert torch.equal(thin_out(actions, 1), actions)
+
+
 def test_actions_are_clipped_and_what_never_moves_is_zero():
     stats = ActionStats(torch.tensor([-1.0, 0.0, 0.3] + [0.0] * 4).double(), torch.tensor([1.0, 2.0, 0.3] + [1.0] * 4).double(), torch.ones(7).bool())
     actions = np.array([[-9, 0, 0.3, 0, 0.5, 1, 0.5], [0.5, 9, 0.3, 0, 0.5, 1, 7]], np.float32)
@@ -181,6 +199,12 @@ def test_statistics_come_from_the_file_that_is_given(data, sources, tmp_path, ca
     assert oxe.main(["--data", str(data / "left"), str(tmp_path / "nowhere"), "--output", str(made)]) == 2      # what was done before it stays
     assert oxe.main(["--data", str(data / "right"), "--output", str(made)]) == 0           # added, not replaced
     assert torch.allclose(load_stats(made, "left").q99[:6], own.q99[:6], atol=1e-6) and load_stats(made, "right").q99[0] > 30
+
+
+def test_statistics_of_a_few_episodes_are_spread_over_the_data_set(sources):
+    videos = RobotVideos(sources[0])
+    expected = ActionStats.from_actions(torch.from_numpy(np.concatenate([videos.actions(e) for e in (0, 3)])))
+    assert torch.equal(compute_stats(videos, 2).q99, expected.q99)
 
 
 # --- the stream ----------------------------------------------------------------------------------------------------
@@ -206,6 +230,13 @@ def test_a_pass_has_every_window_once_and_the_next_another_order(size):
     everything = {(e, s) for e, n in enumerate(counts) for s in range(n)}
     for one in passes: assert len(one) == len(set(one)) and set(one) == everything
     assert passes[0] != passes[1] != passes[2]
+
+
+def test_episodes_have_another_order_in_each_pass():
+    "One window each, always the one that has been held longest."
+    shuffle = Shuffle(np.ones(20, int), 1, (0, 0))
+    passes = [[shuffle.draw(0.0)[0] for _ in range(20)] for _ in range(3)]
+    assert all(sorted(one) == list(range(20)) for one in passes) and passes[0] != passes[1] != passes[2]
 
 
 def test_processes_share_a_batch_without_overlap(mixture):

@@ -270,11 +270,12 @@ def test_shifted_images_are_translations():
     images = some_frames(64)
     shifted = shift_images(images, 2, torch.Generator().manual_seed(0))
     inner = shifted[:, 4:-4, 4:-4]
-    found = torch.zeros(64).int()
+    found = torch.zeros(5, 5, 64).int()
     for dy in range(-2, 3):
         for dx in range(-2, 3):
-            found += (images[:, 4 + dy:28 + dy, 4 + dx:28 + dx] == inner).flatten(1).all(1)
-    assert (found == 1).all() and not torch.equal(shifted, images)
+            found[dy, dx] = (images[:, 4 + dy:28 + dy, 4 + dx:28 + dx] == inner).flatten(1).all(1)
+    assert (found.sum((0, 1)) == 1).all() and not torch.equal(shifted, images)
+    assert (found.sum(2) > 0).sum() > 15, "both directions are drawn, each for itself"
     assert shift_images(images, 0, None) is images
 
 
@@ -310,6 +311,15 @@ def test_same_seed_same_policy(tmp_path):
     assert any(not torch.equal(a[name], c[name]) for name in a)
 
 
+def test_training_shifts_its_images():
+    def trained(shift):
+        torch.manual_seed(1)
+        policy, windows = OpenVLAOFT(CONFIG, STATS, "lift"), demonstration_windows(demonstrations(), STATS)
+        return train_sft(policy, *windows, replace(SHORT, image_shift=shift)).state_dict()
+    still, again, moved = trained(0), trained(0), trained(4)
+    assert all(torch.equal(still[name], again[name]) for name in still) and any(not torch.equal(still[name], moved[name]) for name in still)
+
+
 def test_eight_observations_are_learnt_by_heart():
     torch.manual_seed(0)
     policy = OpenVLAOFT(CONFIG, STATS, "lift")
@@ -321,11 +331,27 @@ def test_eight_observations_are_learnt_by_heart():
     assert learnt.float().mean() > 0.95
 
 
+SMALL = ["--policy.image_size", "32", "--policy.vision_dims", "[24]", "--policy.vision_heads", "[2]", "--policy.vision_depths",
+         "[2]", "--policy.hidden_size", "32", "--policy.num_heads", "2", "--sft.steps", "2", "--sft.batch_size", "2"]
+
+
+def test_the_command_clones_what_was_meant_and_measures_what_was_done(tmp_path, monkeypatch):
+    "A noisy hand's intentions are learnt, and what stands in the table after the end of a trial is no action."
+    batch, given = demonstrations(), []
+    batch.intended = batch.actions / 2
+    for actions, length in zip(batch.actions, batch.length): actions[length:] = 9
+    write_shard(tmp_path / "data/a.tar", batch)
+    monkeypatch.setattr("wmpo_nb.sft.train_sft", lambda *arguments, **_: given.extend(arguments))
+    assert main(["--data", str(tmp_path / "data"), "--output", str(tmp_path / "run"), *SMALL]) == 0
+    policy, _, chunks, _ = given
+    assert torch.equal(chunks, demonstration_windows(batch, policy.stats, labels=batch.intended)[1])
+    executed = torch.cat([actions[:length] for actions, length in zip(batch.actions, batch.length)])
+    assert torch.equal(policy.stats.q99, ActionStats.from_actions(executed).q99) and (policy.stats.q99 <= 1).all()
+
+
 def test_command(tmp_path, capsys):
     write_shard(tmp_path / "data" / "shard_00000.tar", demonstrations())
-    small = ["--policy.image_size", "32", "--policy.vision_dims", "[24]", "--policy.vision_heads", "[2]", "--policy.vision_depths",
-             "[2]", "--policy.hidden_size", "32", "--policy.num_heads", "2", "--sft.steps", "2", "--sft.batch_size", "2"]
-    arguments = ["--preset", "tiny_lift", "--data", str(tmp_path / "data"), "--output", str(tmp_path / "run"), *small]
+    arguments = ["--preset", "tiny_lift", "--data", str(tmp_path / "data"), "--output", str(tmp_path / "run"), *SMALL]
     assert main(arguments) == 0
     assert OpenVLAOFT.from_pretrained(tmp_path / "run" / "policy").instruction == "lift"
     assert main(arguments) == 2 and "--resume" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from wmpo_nb.presets import RewardConfig, RewardTrainConfig, UserError, load_pre
 from wmpo_nb.reward import (
     SuccessClassifier, augment, calibrate, clip_ends, clip_pools, clip_terms, clips_at, decide, f1_score, hardest, load_pretrained, load_reward, main, mined_clips,
     preprocess, sample_clips, save_reward, select_threshold, split_trajectories, start_of, train_reward, trajectory_scores)
-from wmpo_nb.run import Checkpointer
+from wmpo_nb.run import Checkpointer, read_metrics
 from wmpo_nb.weights import save_tensors
 from wmpo_nb.trajectory import TrajectoryBatch, write_shard
 
@@ -152,12 +152,24 @@ def test_batches_hold_what_was_asked_for_and_labels_are_right():
     assert sample_clips(batch, pools, 16, 16, torch.Generator().manual_seed(0))[1].float().mean() == 0.5
 
 
+def test_half_of_the_negatives_are_failures():
+    "One trajectory for each kind, all of its frames of one colour."
+    batch = trials(4, size=2)
+    batch.frames[:] = torch.arange(4)[:, None, None, None, None]
+    pools = {kind: torch.tensor([[b, 8]]) for b, kind in enumerate(("positive", "failure", "hard", "early"))}
+    clips, _ = sample_clips(batch, pools, 0, 4096, torch.Generator().manual_seed(0))
+    found = clips[:, 0, 0, 0, 0].int().bincount(minlength=4) / 4096
+    torch.testing.assert_close(found, torch.tensor([0, 0.5, 0.25, 0.25]), atol=0.03, rtol=0)
+
+
 def test_mining_keeps_the_positives_and_the_most_success_like_negatives():
     clips = torch.zeros(8, 8, 16, 16, 3, dtype=torch.uint8)
     clips[4], clips[7] = 200, 100
     pixels = preprocess(clips, SMALL)
     assert hardest(brightness_classifier(), pixels, 2).tolist() == [0, 1, 4, 7]
     assert hardest(brightness_classifier(), pixels, 4).tolist() == list(range(8))
+    logits = torch.tensor([[0.0, 1.0], [5.0, 2.0], [-3.0, 0.0], [0.0, -1.0]])            # how much more like a success than like a failure
+    assert hardest(lambda pixels: logits, pixels[:6], 2).tolist() == [0, 1, 4, 2]
 
 
 def test_augmentation_moves_a_clip_as_one():
@@ -204,6 +216,20 @@ def test_a_success_that_was_over_before_the_first_judged_clip_is_nothing_the_jud
     assert calibrate(classifier, batch)["recall"] == 1 and batch.success.sum() > 2
 
 
+@pytest.mark.parametrize("length, recall", [(14, 1), (15, 3 / 4)])
+def test_a_success_that_ends_with_the_first_judged_clip_can_be_missed(length, recall):
+    "Frame 15 is the last of the first clip; one of four successes cannot be seen."
+    batch = trials()
+    batch.frames[0], batch.length[0], batch.finish_step[0] = 0, length, length
+    assert calibrate(brightness_classifier(first_clip_end=16), batch)["recall"] == recall
+
+
+def test_too_early_does_not_make_up_for_too_late():
+    batch = trials(4)
+    batch.finish_step[::2] = torch.tensor([13, 15])         # the judge says 14 of both
+    assert calibrate(brightness_classifier(), batch)["finish_error"] == 1
+
+
 def test_a_strict_judge_gives_up_a_success_for_a_false_one():
     "One success shows so faintly that a failure shows more: F1 counts both, F-0.5 neither."
     def fitted(beta):
@@ -217,6 +243,14 @@ def test_a_strict_judge_gives_up_a_success_for_a_false_one():
 def test_split_is_by_trajectory():
     training, held_out = split_trajectories(torch.ones(20).bool(), 0.25, torch.Generator().manual_seed(0))
     assert len(held_out) == 5 and sorted(training.tolist() + held_out.tolist()) == list(range(20))
+
+
+def test_the_threshold_is_set_on_trajectories_that_were_not_trained_on(monkeypatch):
+    batch, used = trials(), []
+    monkeypatch.setattr("wmpo_nb.reward._fit", lambda classifier, part, *_: used.append(part.state_id.tolist()))
+    monkeypatch.setattr("wmpo_nb.reward.calibrate", lambda classifier, part, *_: used.append(part.state_id.tolist()) or {})
+    train_reward(small_classifier(), batch, TRAINING)
+    assert len(used) == 2 and all(used) and sorted(used[0] + used[1]) == batch.state_id.tolist()
 
 
 def test_training_learns_to_tell():
@@ -356,8 +390,24 @@ def test_command(tmp_path, capsys):
             "--reward.patch_size", "8", "--reward.num_layers", "1", "--reward_pretraining.steps", "2"]
     assert main(argv) == 0 and "f1" in capsys.readouterr().out
     assert load_reward(tmp_path / "run/reward.safetensors").config.num_layers == 1
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 2                         # without --start as many as in pre-training
     assert main(argv) == 2 and "--resume" in capsys.readouterr().err
     assert main(["--data", str(tmp_path / "data"), "--output", str(tmp_path / "b"), "--vae", str(tmp_path / "no.safetensors")]) == 2
+
+
+def test_the_command_shows_the_judge_what_the_vae_makes_of_the_frames(tmp_path, monkeypatch):
+    from test_vae import small_vae
+    from wmpo_nb.vae import reconstruct_batch, save_vae
+    batch, vae, seen, vae_file = trials(), small_vae(), [], tmp_path / "vae.safetensors"
+    write_shard(tmp_path / "data/a.tar", batch)
+    save_vae(vae_file, vae)
+    def train(classifier, shown, *arguments, **options):
+        seen.append(shown.frames[:])
+        return train_reward(classifier, shown, *arguments, **options)
+    monkeypatch.setattr("wmpo_nb.reward.train_reward", train)
+    assert main(["--data", str(tmp_path / "data"), "--output", str(tmp_path / "run"), "--vae", str(vae_file), "--reward.image_size", "16",
+                 "--reward.patch_size", "8", "--reward.num_layers", "1", "--reward_pretraining.steps", "1"]) == 0
+    assert torch.equal(seen[0], reconstruct_batch(vae, batch).frames) and not torch.equal(seen[0], batch.frames)
 
 
 @pytest.mark.parametrize("successes", [0, 1, 2, 10])
@@ -382,10 +432,12 @@ def test_the_rule_can_be_set_and_the_network_cannot(tmp_path):
 
 
 def test_without_mining_each_process_prepares_its_own_clips():
-    batch, classifier, config = trials(), small_classifier(), replace(TRAINING, mining=1)
+    batch, classifier, config = trials(), small_classifier(), replace(TRAINING, mining=1, jitter=0.1)
     pools = clip_pools(batch, config, classifier.config.clip_length)
     clips, labels = mined_clips(classifier, batch, pools, config, torch.Generator().manual_seed(0))
     assert clips.dtype == torch.uint8 and len(clips) == len(labels) == config.batch_size // 2 * 2
+    plain, _ = sample_clips(batch, pools, len(clips) // 2, len(clips) // 2, generator := torch.Generator().manual_seed(0))
+    assert torch.equal(clips, augment(plain, config, generator)) and not torch.equal(clips, plain)
     whole, pixels = clip_terms(classifier, clips, labels)["loss"], clip_terms(classifier, preprocess(clips, classifier.config), labels)["loss"]
     parts = [clip_terms(classifier, clips[i:i + 1], labels[i:i + 1])["loss"] for i in range(len(clips))]
     torch.testing.assert_close(whole, pixels), torch.testing.assert_close(whole, torch.stack(parts).mean())

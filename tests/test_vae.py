@@ -1,5 +1,6 @@
 "The VAE's promises: shapes, truncation, one scaling each way, batches that do not matter, training that resumes exactly."
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,6 +94,18 @@ def test_losses_against_numbers_made_by_hand():
     assert psnr(black, off_by_one) == pytest.approx(48.13, abs=0.01)
 
 
+def test_the_disturbance_is_noise_of_its_own_and_teaches_the_encoder_nothing(monkeypatch):
+    "With a decoder that changes nothing: the spread that scales it is a number, not a way to make the task easier."
+    vae, noise, strength = small_vae(), torch.randn(2, 3, 4, 8, 8), torch.tensor([0.0, 0.5, 2.0])[:, None, None, None]
+    mean, std = (torch.rand(3, 4, 8, 8, requires_grad=True) for _ in range(2))
+    monkeypatch.setattr(VAE, "posterior", lambda self, images: (mean, std))
+    monkeypatch.setattr(vae.module, "decode", lambda latents: SimpleNamespace(sample=latents))
+    pixels, *_ = vae(None, noise, strength)
+    torch.testing.assert_close(pixels, mean + std * noise[0] + strength * mean.std() * noise[1])
+    pixels.sum().backward()
+    assert torch.equal(mean.grad, torch.ones_like(mean))
+
+
 def test_normalised_latents_have_unit_variance_and_the_same_images():
     vae, frames = small_vae(scaling_factor=1.0), some_frames(16, 16, 16)
     before = vae.decode_pixels(vae.encode(frames))
@@ -184,3 +197,13 @@ def test_command(tmp_path, capsys):
     assert main(["--preset", "coffee_128", *argv, "--output", str(tmp_path / "other")]) == 2 and "downloaded" in capsys.readouterr().err
     assert main(["--data", str(tmp_path / "nothing"), "--output", str(tmp_path / "run2")]) == 2
     assert not (tmp_path / "run2").exists()
+
+
+def test_the_command_learns_from_what_happened(tmp_path, monkeypatch):
+    "The picture that stands still after the end of a trial is not seen again and again."
+    from test_reward import trials
+    batch, seen = trials(size=64), []
+    write_shard(tmp_path / "data/a.tar", batch)
+    monkeypatch.setattr("wmpo_nb.vae.train_vae", lambda vae, frames, *_, **__: seen.append(frames) or vae)
+    assert main(["--data", str(tmp_path / "data"), "--output", str(tmp_path / "run"), "--vae.block_out_channels", "[8, 8]"]) == 0
+    assert torch.equal(seen[0], torch.cat([video[:length + 1] for video, length in zip(batch.frames, batch.length)]))

@@ -3,12 +3,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import STATS
 from torch import nn
-from wmpo_nb.alignment import imagine_trajectory
+from wmpo_nb.alignment import LatentWindows, align, encode_windows, imagine_trajectory, main
 from wmpo_nb.flow import resolution_shift, shift_timesteps
-from wmpo_nb.presets import STDiTConfig, UserError, WorldModelConfig, WorldModelTrainConfig
+from wmpo_nb.from_scratch import shipped_weights
+from wmpo_nb.presets import STDiTConfig, UserError, WorldModelConfig, WorldModelTrainConfig, load_preset
 from wmpo_nb.run import Checkpointer
 from wmpo_nb.stdit import STDiT
+from wmpo_nb.trajectory import write_shard
 from wmpo_nb.world_model import WorldModel, train_world_model
 
 SMALL = STDiTConfig(depth=1, hidden_size=48, num_heads=4, in_channels=2, patch_size=(1, 2, 2))
@@ -113,6 +116,13 @@ def test_imagination_with_and_without_cache(context, chunk, steps, shift):
     assert (cached - plain).abs().max() <= 1e-5 * max(1, plain.abs().max())
 
 
+def test_fewer_steps_than_usual_may_be_asked_for(monkeypatch):
+    world_model, (latents, actions), taken, denoise = small_world_model(flow_steps=5), windows(), [], STDiT.denoise
+    monkeypatch.setattr(STDiT, "denoise", lambda *arguments: taken.append(steps) or denoise(*arguments))
+    for steps in (2, None): world_model.imagine(latents[:, :, :4], actions, latents[:, :, 4:], steps)
+    assert taken == [2] * 2 + [None] * 5
+
+
 def test_a_dream_does_not_depend_on_who_else_is_in_the_batch():
     world_model = small_world_model()
     past, noise, actions = torch.randn(3, 2, 4, 4, 4), torch.randn(3, 2, 8, 4, 4), torch.randn(3, 8, 7)
@@ -178,3 +188,36 @@ def test_one_window_is_learned_and_dreamt_back():
     dreamt = world_model.imagine(latents[:, :, :4], actions, noise, steps=8)
     error = (dreamt - latents[:, :, 4:]).square().mean()
     assert error < 0.1 * latents[:, :, 4:].var(), error
+
+
+# --- windows and alignment ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_alignment_practises_the_asked_share_of_windows_where_dreams_begin(share, monkeypatch):
+    "Latents that tell the time say where a window begins: in its last frame of context."
+    latents = torch.arange(25.0).half()[None, :, None, None, None].expand(2, -1, 2, 4, 4)
+    monkeypatch.setattr("wmpo_nb.alignment.train_world_model", lambda _, sample, *__, **___: sample(torch.Generator().manual_seed(0), 64))
+    timed = LatentWindows(latents, torch.zeros(2, 24, 7), torch.tensor([24, 19]), WorldModelConfig())
+    drawn, _ = align(None, timed, config(1, chunk_starts=share), seed=0)
+    starts = drawn[:, 0, 3, 0, 0]
+    assert set(starts[64 - round(64 * share):].tolist()) == ({0, 8, 16} if share else set())
+    assert share == 1 or (starts[:32] % 8 != 0).any()
+
+
+def test_windows_hold_the_actions_that_were_executed():
+    "A noisy hand's intentions do not say what happens next."
+    from test_reward import trials
+    from test_vae import small_vae
+    batch = replace(trials(2), actions=torch.rand(2, 24, 7), intended=torch.rand(2, 24, 7))
+    assert torch.equal(encode_windows(small_vae(), batch, STATS, WorldModelConfig()).actions_n, STATS.normalize(batch.actions))
+
+
+def test_the_command_aligns_and_pretrains_with_settings_of_their_own(tmp_path, monkeypatch):
+    from test_reward import trials
+    used, weights = [], shipped_weights(load_preset("tiny_lift"))
+    monkeypatch.setattr("wmpo_nb.alignment.align", lambda world_model, windows, config, **_: used.append(config))
+    write_shard(tmp_path / "data/a.tar", trials(2))
+    words = ["--data", tmp_path / "data", "--vae", weights / "vae.safetensors", "--stats", weights / "policy_lift/dataset_statistics.json"]
+    for name, more in (("alignment", ["--align", weights / "world_model.safetensors"]), ("pretraining", [])):
+        assert main([str(word) for word in [*words, *more, "--output", tmp_path / name, f"--{name}.steps", 3]]) == 0
+        assert used[-1] == getattr(load_preset("tiny_lift", {f"{name}.steps": "3"}), name)

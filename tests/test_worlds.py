@@ -20,7 +20,8 @@ from wmpo_nb.presets import UserError, load_preset, seeds_for
 from wmpo_nb.reward import judge
 from wmpo_nb.run import Run
 from wmpo_nb.simulator import Simulator, initial_states
-from wmpo_nb.trajectory import ActionStats, Streams, TrajectoryBatch, rollout
+from wmpo_nb.training import fast_precision
+from wmpo_nb.trajectory import ActionStats, Streams, TrajectoryBatch, rollout, states_for
 
 PRESET = load_preset("tiny_lift")
 CHUNKS = 3
@@ -116,6 +117,50 @@ def test_only_the_very_last_clip_may_not_count(parts, dream, states, monkeypatch
         assert batch.success.tolist() == [counts or at == 16] * len(states) and batch.finish_step.tolist() == [at] * len(states)
 
 
+def scored(dream, monkeypatch, scores):
+    "Let clips that end in frame t score `scores[t]`, others 0. Returns a list of the frames in which the clips end that are scored."
+    ended = []
+    def trajectory_scores(classifier, frames, length, ends):
+        assert (ends >= classifier.config.clip_length).all()        # each clip lies within the frames that are handed over
+        last = (dream.seen.shape[1] - frames.shape[1] + ends - 1).tolist()
+        ended.extend(last)
+        return torch.tensor([scores.get(t, 0.0) for t in last]).expand(len(frames), -1)
+    monkeypatch.setattr(dream_room, "trajectory_scores", trajectory_scores)
+    monkeypatch.setattr(dream.classifier, "config", replace(dream.classifier.config, threshold=0.5))
+    return ended
+
+
+def test_each_clip_of_a_dream_is_scored_once(parts, dream, states, monkeypatch):
+    ended = scored(dream, monkeypatch, {})
+    rollout(parts.base, dream, states, chunks=4)
+    assert ended == list(range(7, 33))
+
+
+def test_a_verdict_has_the_highest_score_and_the_whole_chunk(parts, dream, states, monkeypatch):
+    "The chunk in which success is seen was dreamt to its end; the highest score may be of an earlier chunk."
+    scored(dream, monkeypatch, {8: 0.4, 9: 0.1, 13: 0.1})
+    failure = rollout(parts.base, dream, states, chunks=3)
+    assert torch.equal(failure.score, torch.full((2,), 0.4)) and failure.length.tolist() == [24, 24] and not failure.success.any()
+    scored(dream, monkeypatch, {8: 0.4, 13: 0.9})
+    success = rollout(parts.base, dream, states, chunks=3)
+    assert success.finish_step.tolist() == [13, 13] and success.length.tolist() == [16, 16] and success.success.all()
+
+
+def test_a_dream_begins_with_the_most_likely_latents_of_its_first_frame(dream, states):
+    first = dream.reset(states, Streams(0, [0, 1], [0, 0]))
+    with fast_precision(dream.device): expected = dream.vae.encode(first)
+    assert torch.equal(dream.context, expected.expand_as(dream.context))
+
+
+def test_a_dream_keeps_its_own_noise_when_another_has_ended(dream, states, monkeypatch):
+    heard, imagine = [], Dream.imagine
+    monkeypatch.setattr(Dream, "imagine", lambda self, running, actions, noise: heard.append(noise) or imagine(self, running, actions, noise))
+    dream.reset(states, Streams(0, [0, 1], [0, 0]))
+    dream.finish[0] = 5
+    dream.step(torch.zeros(2, 8, 7))
+    assert torch.equal(heard[0], Streams(0, [0, 1], [0, 0]).normal(heard[0].shape[1:])[1:])
+
+
 def test_a_finished_dream_is_not_continued(dream, states):
     dream.reset(states, Streams(0, [0, 1], [0, 0]))
     dream.step(torch.zeros(2, 8, 7))
@@ -199,3 +244,11 @@ def test_trials_are_booked_once_and_a_policy_that_never_succeeds_is_said(tmp_pat
     for _ in range(2): batch = gather_trajectories(run, policy, tmp_path / "cache", 0, count=2)
     assert (run.ledger.real_trajectories, run.ledger.simulator_steps) == (2, int(batch.length.sum())) and not batch.success.any()
     assert "not one trial succeeds" in capsys.readouterr().err
+
+
+def test_trials_are_the_states_and_dice_that_were_asked_for(parts, simulator, tmp_path):
+    "Of another seed than the run's, not from the first state on, at the preset's temperature: the same as tried by hand."
+    preset = load_preset("tiny_lift", {"task.horizon": "8", "reward.first_clip_end": "8", "collect.temperature": "0.7"})
+    batch = gather_trajectories(Run(tmp_path / "run", preset, "test", 3), parts.base, tmp_path / "cache", 0, seed=4, first=1, count=2)
+    by_hand = rollout(parts.base, simulator, states_for("collection", 3, 4)[1:], chunks=1, temperature=0.7, seed=4)
+    for name in ("state_id", "tokens", "log_probs", "frames"): assert torch.equal(getattr(batch, name), getattr(by_hand, name)), name

@@ -168,6 +168,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'wmpo_nb.estimate.autoencoder_loss': ('estimate.html#autoencoder_loss', 'wmpo_nb/estimate.py'),
                                   'wmpo_nb.estimate.classifier_loss': ('estimate.html#classifier_loss', 'wmpo_nb/estimate.py'),
                                   'wmpo_nb.estimate.configured_setup': ('estimate.html#configured_setup', 'wmpo_nb/estimate.py'),
+                                  'wmpo_nb.estimate.cpu_flops': ('estimate.html#cpu_flops', 'wmpo_nb/estimate.py'),
                                   'wmpo_nb.estimate.dry_run': ('estimate.html#dry_run', 'wmpo_nb/estimate.py'),
                                   'wmpo_nb.estimate.estimate': ('estimate.html#estimate', 'wmpo_nb/estimate.py'),
                                   'wmpo_nb.estimate.fake_device': ('estimate.html#fake_device', 'wmpo_nb/estimate.py'),
