@@ -111,6 +111,18 @@ def test_recoveries_are_shares_of_failed_grasps():
     counts = {"trials": 100, "success": 60, "failed_grasp": 50, "recovered": 20}
     text = recoveries_markdown([{"preset": "tiny_lift", "P": 128, "seed": 0, "method": "base", "counts": counts, "film": None}])
     assert "40.0 % (20/50" in text and "33.3 % (20/60" in text and "50.0 % (50/100" in text
+    assert "over trainings" not in text
+
+
+def test_recoveries_are_compared_over_trainings():
+    def watched(seed, method, failed, recovered):
+        counts = {"trials": 100, "success": 60, "failed_grasp": failed, "recovered": recovered}
+        return {"preset": "tiny_lift", "P": 128, "seed": seed, "method": method, "counts": counts, "film": None}
+    cells = [watched(s, *c) for s in (0, 1, 2) for c in (("base", 50 + s, 5), ("wmpo", 20 + s, 2 + 3 * s))]
+    text = recoveries_markdown(cells)
+    assert "trials with a failed grasp: -30.0 points (-30.0 to -30.0), **significant**" in text
+    assert "succeeded in the end: +13.7 points" in text and "not significant" in text
+    assert "over trainings" not in recoveries_markdown(cells[:4])
 
 
 def test_checkpoints_are_ranked_within_each_run():

@@ -869,6 +869,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'wmpo_nb.results.relative_steps': ('results.html#relative_steps', 'wmpo_nb/results.py'),
                                  'wmpo_nb.results.seeds_lines': ('results.html#seeds_lines', 'wmpo_nb/results.py'),
                                  'wmpo_nb.results.select': ('results.html#select', 'wmpo_nb/results.py'),
+                                 'wmpo_nb.results.shares_text': ('results.html#shares_text', 'wmpo_nb/results.py'),
                                  'wmpo_nb.results.successes': ('results.html#successes', 'wmpo_nb/results.py'),
                                  'wmpo_nb.results.table1_comparisons': ('results.html#table1_comparisons', 'wmpo_nb/results.py'),
                                  'wmpo_nb.results.table1_figure': ('results.html#table1_figure', 'wmpo_nb/results.py'),

@@ -2,11 +2,11 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'TABLE1_HEAD', 'VERDICTS_HEAD', 'PAPER_TASK_NAMES', 'PAPER_TABLE1', 'PAPER_TABLE2', 'TRUTH_HEAD',
-           'DISRUPTIONS', 'PAGES', 'RATES_NOTE', 'TESTS_NOTE', 'outcome', 'successes', 'rate_text', 'markdown_table',
-           'select', 'compare', 'pooled_rate', 'relative_steps', 'base_of', 'best_baseline', 'difference_text',
-           'table1_rows', 'holm', 'verdict', 'verdicts', 'table1_comparisons', 'paper_table1', 'noise_markdown',
-           'truth_row', 'truth_markdown', 'gained_comparisons', 'gained_groups', 'gained_markdown',
-           'disruptions_markdown', 'recoveries_markdown', 'lifelong_comparisons', 'lifelong_markdown',
+           'DISRUPTIONS', 'SHARES', 'PAGES', 'RATES_NOTE', 'TESTS_NOTE', 'outcome', 'successes', 'rate_text',
+           'markdown_table', 'select', 'compare', 'pooled_rate', 'relative_steps', 'base_of', 'best_baseline',
+           'difference_text', 'table1_rows', 'holm', 'verdict', 'verdicts', 'table1_comparisons', 'paper_table1',
+           'noise_markdown', 'truth_row', 'truth_markdown', 'gained_comparisons', 'gained_groups', 'gained_markdown',
+           'disruptions_markdown', 'shares_text', 'recoveries_markdown', 'lifelong_comparisons', 'lifelong_markdown',
            'checkpoint_correlation', 'agreement_markdown', 'parts_of', 'error_map', 'table1_figure', 'noise_figure',
            'gained_figure', 'truth_figure', 'agreement_figure', 'disruptions_figure', 'lifelong_figure',
            'variants_text', 'table1_markdown', 'dreams_and_gains', 'notes', 'kind_of', 'seeds_lines', 'without_covered',
@@ -325,6 +325,20 @@ def disruptions_markdown(cells: list[dict]) -> str:
     head = ["method", "position (Square), %", "background (StackThree), %", "texture (ThreePieceAssembly), %"]
     return "\n".join([*lines, *verdicts(comparisons), "", "### The paper's own Table 2 (arXiv, first version; its budget is not stated; intervals as of 128 states; not made here)", "", markdown_table(head, paper), ""])
 
+# %% ../nbs/29_results.ipynb #5e1a90c7
+SHARES = {"trials with a failed grasp": ("failed_grasp", "trials"), "of these, succeeded in the end": ("recovered", "failed_grasp")}
+
+def shares_text(base: dict[int, dict], other: dict[int, dict]) -> str:
+    "How far the shares of counted trials are from the base policy's: the mean over trainings, which must be three at least, and its 95 % interval."
+    found = []
+    for name, (part, whole) in SHARES.items():
+        share = lambda c: 100 * c["counts"][part] / max(c["counts"][whole], 1)
+        differences = [share(other[s]) - share(base[s]) for s in sorted(base.keys() & other.keys())]
+        if not (interval := over_trainings(differences)): return ""
+        said = "not significant" if interval[0] <= 0 <= interval[1] else "**significant**"
+        found.append(f"{name}: {sum(differences) / len(differences):+.1f} points ({interval[0]:+.1f} to {interval[1]:+.1f}), {said}")
+    return "WMPO against base, over trainings: " + "; ".join(found) + "."
+
 # %% ../nbs/29_results.ipynb #1aad2aeb
 def recoveries_markdown(cells: list[dict]) -> str:
     "How often a trial whose first grasp failed still succeeded."
@@ -336,8 +350,8 @@ def recoveries_markdown(cells: list[dict]) -> str:
             total = lambda key: sum(c["counts"][key] for c in by_seed)
             if by_seed: rows.append([name, rate_text(total("success"), total("trials")), rate_text(total("failed_grasp"), total("trials")),
                                      rate_text(total("recovered"), total("failed_grasp")), rate_text(total("recovered"), total("success"))])
-        head = ["policy", "success", "trials with a failed grasp", "of these, succeeded in the end", "successes after a failed grasp"]
-        lines += [f"### {preset}, P = {P}", "", markdown_table(head, rows), ""]
+        lines += [f"### {preset}, P = {P}", "", markdown_table(["policy", "success", *SHARES, "successes after a failed grasp"], rows), ""]
+        lines += [shares_text(*(select(cells, preset=preset, P=P, method=m) for m in ("base", "wmpo"))), ""]
         for c in (c for c in cells if (c["preset"], c["P"]) == (preset, P) and c.get("film")):
             caption = f"{METHODS[c['method']]}, seed {c['seed']}: a failed grasp, then success"
             lines += [f"{caption}:", "", f"![{caption}](figures/recovery_{preset}_{P}_{c['method']}_{c['seed']}.png)", ""]
