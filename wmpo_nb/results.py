@@ -351,7 +351,7 @@ def recoveries_markdown(cells: list[dict]) -> str:
             if by_seed: rows.append([name, rate_text(total("success"), total("trials")), rate_text(total("failed_grasp"), total("trials")),
                                      rate_text(total("recovered"), total("failed_grasp")), rate_text(total("recovered"), total("success"))])
         lines += [f"### {preset}, P = {P}", "", markdown_table(["policy", "success", *SHARES, "successes after a failed grasp"], rows), ""]
-        lines += [shares_text(*(select(cells, preset=preset, P=P, method=m) for m in ("base", "wmpo"))), ""]
+        if compared := shares_text(*(select(cells, preset=preset, P=P, method=m) for m in ("base", "wmpo"))): lines += [compared, ""]
         for c in (c for c in cells if (c["preset"], c["P"]) == (preset, P) and c.get("film")):
             caption = f"{METHODS[c['method']]}, seed {c['seed']}: a failed grasp, then success"
             lines += [f"{caption}:", "", f"![{caption}](figures/recovery_{preset}_{P}_{c['method']}_{c['seed']}.png)", ""]
