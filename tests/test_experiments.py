@@ -16,14 +16,15 @@ from helpers import refusal
 from wmpo_nb.demo import Parts, weight_digests
 from wmpo_nb.evaluation import evaluate
 from wmpo_nb.experiments import (ABLATIONS, EXPERIMENTS, KINDS, BranchedDream, Cell, Job, artefact, branch_points, cell_words, cells_of, changed_fields,
-                                 check_alike, collate, displaced, disturb, failed_grasps, is_finished, check_kept, job_name, main, matching_demo, only, open_lock, plan, read_json, result_of, run_jobs,
-                                 same_preset, spared, vary, watch_trial, write_json)
+                                 check_alike, collate, displaced, disturb, failed_grasps, is_finished, check_kept, job_name, main, matching_demo, only, open_lock, plan, result_of, run_jobs,
+                                 same_preset, spared, vary, watch_trial)
 from wmpo_nb.from_scratch import shipped_weights
 from wmpo_nb.grpo import keep_groups
 from wmpo_nb.presets import PRESETS, UserError, load_preset, override, seeds_for
 from wmpo_nb.results import PAGES
 from wmpo_nb.simulator import Simulator
 from wmpo_nb.trajectory import InitialState, Streams, TrajectoryBatch
+from wmpo_nb.weights import read_json, write_json
 from wmpo_nb.world_model import action_inputs
 
 PRESET = load_preset("tiny_lift")

@@ -25,7 +25,7 @@ from .presets import GRPOConfig, UserError, seeds_for
 from .processes import is_main, my_share, start_processes, sum_gradients, sum_over_processes, wait_for_all
 from .run import Checkpointer, Ledger, Run, command, open_run, parse_preset, preset_parser, progress, read_metrics, refuse
 from .training import clip_gradients, naming_checkpoint
-from .weights import atomic_write
+from .weights import read_json, write_json
 from .simulator import Simulator
 from .trajectory import InitialState, TrajectoryBatch, states_for
 from .wmpo import NOT_IN_PRACTICE, NothingToLearn, gather, go_back, mix_seed, refuse_greedy, token_statistics, update, valid_tokens
@@ -212,7 +212,7 @@ def try_variants(run: Run, load_start, trainers: dict, selection: int, workers: 
     Returns each variant's numbers with its greedy `selection_success` (None if there is nothing to choose from), and under
     `chosen` which one is best. Variants that are done are not repeated."""
     path = run.folder / "variants.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
+    found = read_json(path) or {}
     start_processes()
     for name in [name for name in trainers if name not in found]:
         policy = load_start()
@@ -221,7 +221,7 @@ def try_variants(run: Run, load_start, trainers: dict, selection: int, workers: 
         save_trained(run.folder / f"policy_{name}", policy, policy.tokenizer)
         found[name] = numbers | {"selection_success": rate, "selection_states": selection}
         if is_main():
-            with atomic_write(path) as temporary: temporary.write_text(json.dumps(found, indent=1))
+            write_json(path, found)
             shutil.rmtree(run.folder / "checkpoints" / name, ignore_errors=True)           # of the policy's size, and of no more use
     chosen = max(trainers, key=lambda name: found[name]["selection_success"] or 0.0)
     _keep(run.folder / f"policy_{chosen}", run.folder / "policy")

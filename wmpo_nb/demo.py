@@ -6,7 +6,7 @@ __all__ = ['TRAINED', 'FAST', 'Parts', 'weight_digests', 'align_world_model', 'f
            'score_reward', 'films', 'make_record', 'run_demo', 'main']
 
 # %% ../nbs/22_demo.ipynb #c23252c2
-import hashlib, json, os, platform, sys
+import hashlib, os, platform, sys
 from dataclasses import replace
 from functools import partial
 from importlib import metadata
@@ -25,7 +25,7 @@ from .processes import start_processes
 from .report import save_record, write_report
 from .reward import f1_score, judge, load_reward, save_reward, train_reward
 from .run import Run, command, open_run, parse_preset, preset_parser, read_metrics, refuse, refuse_fields
-from .weights import atomic_write
+from .weights import read_json, write_json
 from .simulator import Simulator, choose_gl
 from .trajectory import InitialState, TrajectoryBatch, half_successes, rollout, states_for
 from .vae import load_vae, reconstruct_batch
@@ -165,7 +165,7 @@ TRAINED = "after alignment, trained policy"
 def compare_worlds(run: Run, worlds: dict) -> dict:
     """For each (dream, policy, its held-out trajectories) by name: open-loop agreement with these, and the policy's success inside."""
     path, preset = run.folder / "agreement.json", run.preset
-    done = json.loads(path.read_text()) if path.exists() else {}
+    done = read_json(path) or {}
     for name, (dream, policy, real) in worlds.items():
         if name in done: continue
         with run.stage("agreement"):
@@ -174,7 +174,7 @@ def compare_worlds(run: Run, worlds: dict) -> dict:
         done[name] = {"confusion": found.confusion, "psnr": found.psnr, "closed_loop": inside.success.float().mean().item(),
                       "real": real.success.float().mean().item(), "balanced_accuracy": found.balanced_accuracy,
                       "false_success_rate": found.false_success_rate}
-        with atomic_write(path) as temporary: temporary.write_text(json.dumps(done, indent=1))
+        write_json(path, done)
     return done
 
 # %% ../nbs/22_demo.ipynb #51e941ce

@@ -26,7 +26,7 @@ from .from_scratch import SHIPPED, shipped_weights
 from .policy import OpenVLAOFT
 from .presets import TaskConfig, UserError, as_tuples, load_preset, seeds_for
 from .run import command
-from .weights import atomic_write
+from .weights import atomic_write, read_json
 from .simulator import (
     GL_PACKAGES, Environment, Simulator, Snapshot, Style, choose_gl, explain_unknown_task, script_trial)
 from .trajectory import InitialState, load_stats, rollout
@@ -174,9 +174,9 @@ def check_disk(kit) -> Finding:
 def check_policy(kit) -> Finding:
     "The statistics beside the policy's weights: present under its name, seven ranges, gripper left alone."
     path = kit.folder / "dataset_statistics.json"
-    own = json.loads((kit.folder / "config.json").read_text()).get("instruction")
+    own = read_json(kit.folder / "config.json").get("instruction")
     stats = load_stats(path, own)
-    key = own or next(iter(json.loads(path.read_text())))
+    key = own or next(iter(read_json(path)))
     if len(stats.q01) != 7 or not (stats.q01 < stats.q99).all():
         return failed(f"the statistics '{key}' are not seven ranges", "take dataset_statistics.json from where the weights came from")
     if stats.mask[6]: return failed(f"'{key}' rescales the gripper", "the mask of dimension 7 must be false: the policy says -1 or 1 itself")
@@ -353,7 +353,7 @@ def first_success(policy, task: TaskConfig, count: int) -> int | None:
 # %% ../nbs/24_doctor.ipynb #08cbf385
 def check_base_success(kit) -> Finding:
     "One success of the policy, anywhere."
-    if "policy" not in json.loads((kit.folder / "config.json").read_text()): return Finding("skipped", "weights of this layout are not loaded here")
+    if "policy" not in read_json(kit.folder / "config.json"): return Finding("skipped", "weights of this layout are not loaded here")
     if kit.policy.instruction != kit.task.instruction: return Finding("skipped", f"the policy is for '{kit.policy.instruction}'")
     trial = first_success(kit.policy, kit.task, TRIALS)
     if trial: return ok(f"the base policy solves a start (trial {trial})")

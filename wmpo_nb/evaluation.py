@@ -7,7 +7,7 @@ __all__ = ['wilson', 'mcnemar', 'outcome_correlation', 'paired_difference', 'ove
            'evaluate_all', 'main']
 
 # %% ../nbs/18_evaluation.ipynb #840f826a
-import dataclasses, json, math, sys
+import dataclasses, math, sys
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -22,7 +22,7 @@ from .policy import load_policy
 from .presets import seeds_for
 from .processes import is_main, my_share, start_processes, sum_over_processes
 from .run import LEARNS_NOTHING, Run, command, open_run, parse_preset, preset_parser, progress, refuse, stop_if_asked
-from .weights import atomic_write
+from .weights import atomic_write, read_json, write_json
 from .trajectory import ActionChunk, InitialState, TrajectoryBatch, load_initial_states, rollout
 
 # %% ../nbs/18_evaluation.ipynb #4d5a3e37
@@ -292,7 +292,7 @@ def evaluate_all(run: Run, policies: dict, states: list[InitialState], workers: 
     "Evaluations by name in the real simulator, kept in the run's `evaluations.json` as they come; those already there are not repeated."
     from wmpo_nb.simulator import Simulator    # needs the simulator's packages
     path, task, device = run.folder / "evaluations.json", run.preset.task, start_processes().device
-    done = json.loads(path.read_text()) if path.exists() else {}
+    done = read_json(path) or {}
     missing = {name: policy for name, policy in policies.items() if name not in done}
     if missing:
         with run.stage("evaluate"), Simulator(task, workers, every_frame=False) as simulator:
@@ -302,8 +302,7 @@ def evaluate_all(run: Run, policies: dict, states: list[InitialState], workers: 
                                       progress=lambda batches: progress(batches, f"evaluate {name}")).to_dict()
                 policy.to(home)                   # a GPU has room for one of those that wait in memory
                 run.ledger.add(simulator_steps=sum_over_processes(torch.tensor(Simulator.steps - before)))
-                if not is_main(): continue
-                with atomic_write(path) as temporary: temporary.write_text(json.dumps(done))
+                if is_main(): write_json(path, done)
     return {name: Evaluation.from_dict(done[name]) for name in policies}
 
 # %% ../nbs/18_evaluation.ipynb #10476dd1

@@ -2,18 +2,17 @@
 
 # %% auto #0
 __all__ = ['MAKES_WEIGHTS', 'DREAMLESS', 'DREAM', 'ABLATIONS', 'WMPO_CELLS', 'ALL_CELLS', 'KINDS', 'EXPERIMENTS', 'COMPARED',
-           'WEIGHTS', 'NOT_OF_EXPERIMENTS', 'Job', 'job_name', 'changed_fields', 'read_json', 'write_json', 'stages_of',
-           'same_preset', 'cell_line', 'given_weights', 'is_finished', 'run_jobs', 'Cell', 'artefact', 'policy_of',
-           'exam', 'held_out', 'same_base_policy', 'matching_demo', 'make_base', 'make_trajectories', 'make_grpo',
-           'make_dpo', 'learning', 'make_wmpo', 'dream_of', 'count', 'compare_with_reality', 'peak_scores',
-           'make_truth', 'policy_series', 'judge_on_reality', 'make_agreement', 'noisy_world_model', 'open_loop',
-           'make_noise', 'vary', 'BranchedDream', 'branch_points', 'branched', 'make_ablation', 'repaint', 'disturb',
-           'displaced', 'disrupted', 'make_disruption', 'watch_trial', 'failed_grasps', 'recovery_film',
-           'make_recovery', 'make_lifelong', 'make_imitation', 'table1_jobs', 'noise_jobs', 'agreement_jobs',
-           'ablation_job', 'truth_job', 'alignment_jobs', 'flow_steps_jobs', 'ablations_jobs', 'disruptions_jobs',
-           'recoveries_jobs', 'lifelong_jobs', 'plan', 'only', 'cells_of', 'beside', 'result_of', 'settings_of',
-           'rests_on', 'check_alike', 'check_kept', 'known_cells', 'spared', 'collate', 'cell_words', 'open_lock',
-           'run_cell', 'main']
+           'WEIGHTS', 'NOT_OF_EXPERIMENTS', 'Job', 'job_name', 'changed_fields', 'stages_of', 'same_preset',
+           'cell_line', 'given_weights', 'is_finished', 'run_jobs', 'Cell', 'artefact', 'policy_of', 'exam', 'held_out',
+           'same_base_policy', 'matching_demo', 'make_base', 'make_trajectories', 'make_grpo', 'make_dpo', 'learning',
+           'make_wmpo', 'dream_of', 'count', 'compare_with_reality', 'peak_scores', 'make_truth', 'policy_series',
+           'judge_on_reality', 'make_agreement', 'noisy_world_model', 'open_loop', 'make_noise', 'vary',
+           'BranchedDream', 'branch_points', 'branched', 'make_ablation', 'repaint', 'disturb', 'displaced',
+           'disrupted', 'make_disruption', 'watch_trial', 'failed_grasps', 'recovery_film', 'make_recovery',
+           'make_lifelong', 'make_imitation', 'table1_jobs', 'noise_jobs', 'agreement_jobs', 'ablation_job',
+           'truth_job', 'alignment_jobs', 'flow_steps_jobs', 'ablations_jobs', 'disruptions_jobs', 'recoveries_jobs',
+           'lifelong_jobs', 'plan', 'only', 'cells_of', 'beside', 'result_of', 'settings_of', 'rests_on', 'check_alike',
+           'check_kept', 'known_cells', 'spared', 'collate', 'cell_words', 'open_lock', 'run_cell', 'main']
 
 # %% ../nbs/31_experiments.ipynb #73bc2242
 import base64, fcntl, fnmatch, io, json, os, shlex, subprocess, sys, time
@@ -45,7 +44,7 @@ from .results import outcome, read_result, write_pages
 from .reward import clip_ends, f1_score, judge, load_reward, trajectory_scores
 from .run import Run, command, heed_sigterm, parse_preset, preset_parser, progress, stop_if_asked
 from .training import fast_precision
-from .weights import atomic_write, config_of, load_into
+from .weights import config_of, load_into, read_json, write_json
 from .simulator import Environment, Simulator, choose_gl
 from .stdit import STDiT
 from .trajectory import InitialState, TrajectoryBatch, rollout, states_for
@@ -77,16 +76,6 @@ def changed_fields(preset: Preset) -> list[str]:
         for name, value in fields.items() if isinstance(fields, dict) else ():
             if value != plain[stage][name] or f"{stage}.{name}" in preset.given: words += [f"--{stage}.{name}", value if isinstance(value, str) else json.dumps(value)]
     return words
-
-# %% ../nbs/31_experiments.ipynb #ff6526a3
-def read_json(path: Path) -> dict | None:
-    "A JSON file, None if there is none."
-    return json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).exists() else None
-
-# %% ../nbs/31_experiments.ipynb #4dca196a
-def write_json(path: Path, content):
-    "Write a JSON file; it is complete or absent."
-    with atomic_write(path) as temporary: temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 # %% ../nbs/31_experiments.ipynb #1208bd42
 MAKES_WEIGHTS = "pretrain_data", "vae_training", "pretraining", "reward_pretraining"

@@ -8,7 +8,7 @@ __all__ = ['REPOSITORY', 'PARTS', 'RemoteFile', 'select', 'file_digest', 'Listin
            'load_stdit', 'load_world_model', 'load_policy', 'save_policy', 'load_first_frames', 'load_states']
 
 # %% ../nbs/23_hub.ipynb #2f90e605
-import argparse, difflib, fnmatch, hashlib, json, os, pickle, re, shutil, sys, time
+import argparse, difflib, fnmatch, hashlib, os, pickle, re, shutil, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from .alignment import find_weights, load_opensora, load_stdit, load_world_model
 from .policy import load_policy, save_policy
 from .presets import PAPER_TASKS, Preset, UserError
 from .run import command, progress
-from .weights import atomic_write
+from .weights import read_json, write_json
 from .trajectory import load_first_frames, load_states, save_states
 from .world_model import WorldModel
 
@@ -89,16 +89,13 @@ def snapshot_folder(cache, revision: str) -> Path:
 # %% ../nbs/23_hub.ipynb #db2183cc
 def write_listing(cache, listing: Listing):
     "Pin `listing`: later commands use this commit."
-    with atomic_write(repository_folder(cache) / "wmpo_nb.json") as temporary:
-        temporary.write_text(json.dumps({"revision": listing.revision, "files": listing.files}, indent=0))
+    write_json(repository_folder(cache) / "wmpo_nb.json", {"revision": listing.revision, "files": listing.files})
 
 # %% ../nbs/23_hub.ipynb #6560a3c1
 def read_listing(cache) -> Listing | None:
     "The pinned listing, or None."
-    path = repository_folder(cache) / "wmpo_nb.json"
-    if not path.exists(): return None
-    record = json.loads(path.read_text())
-    return Listing(record["revision"], [RemoteFile(*file) for file in record["files"]])
+    record = read_json(repository_folder(cache) / "wmpo_nb.json")
+    return Listing(record["revision"], [RemoteFile(*file) for file in record["files"]]) if record else None
 
 # %% ../nbs/23_hub.ipynb #cf9e61d2
 @contextmanager

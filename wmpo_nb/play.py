@@ -26,7 +26,7 @@ from .flow import euler_timesteps
 from .presets import Preset, TaskConfig, UserError, load_preset
 from .reward import load_reward
 from .run import LEARNS_NOTHING, command, parse_preset, preset_parser
-from .weights import atomic_write
+from .weights import atomic_write, read_json
 from .simulator import Simulator, choose_gl
 from .trajectory import TrajectoryBatch, half_successes, rollout, states_for
 
@@ -293,7 +293,7 @@ def save_gif(path: Path, real: TrajectoryBatch, dream: TrajectoryBatch, *, scale
 # %% ../nbs/27_play.ipynb #5c1e7a42
 def _check_run(args, preset: Preset):
     "Whether `--run` is one of this preset's, begun with these weights: its world model speaks the latents of its own VAE."
-    made, weights = (json.loads(path.read_text()) if path.exists() else None for path in (args.run / "config.json", args.run / "weights.json"))
+    made, weights = (read_json(args.run / name) for name in ("config.json", "weights.json"))
     if made and made["preset"]["name"] != preset.name: raise UserError(f"{args.run} is a run of {made['preset']['name']}: name it with --preset")
     if weights and weights != weight_digests(args.weights, preset):
         raise UserError(f"{args.run} began with other weights: name their folder with --weights")

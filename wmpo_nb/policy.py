@@ -27,7 +27,7 @@ from torch import nn
 from .presets import PAPER_TASKS, PolicyConfig, Preset, UserError
 from .processes import gathered, is_main, place, prepare
 from .training import checkpoint_blocks, fast_precision, make_optimizer
-from .weights import atomic_write, check_fits, load_tensors, save_tensors, save_weights
+from .weights import atomic_write, check_fits, load_tensors, read_json, save_tensors, save_weights, write_json
 from .trajectory import ActionChunk, ActionStats, load_stats, save_stats
 
 # %% ../nbs/07_policy.ipynb #5f3fe1a7
@@ -528,9 +528,7 @@ def save_pretrained(self: OpenVLAOFT, folder):
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(folder / "model.safetensors", weights, config=self.config)
     save_stats(folder / "dataset_statistics.json", self.stats, self.instruction)
-    with atomic_write(folder / "config.json") as temporary:
-        record = {"policy": asdict(self.config), "instruction": self.instruction}
-        Path(temporary).write_text(json.dumps(record, indent=1))
+    write_json(folder / "config.json", {"policy": asdict(self.config), "instruction": self.instruction})
 
 # %% ../nbs/07_policy.ipynb #59e14397
 def _read_config(folder: Path) -> tuple[PolicyConfig, str]:
@@ -558,7 +556,7 @@ def check_kind(folder: Path, names):
 def check_lineage(folder: Path, keys):
     "Raise `UserError` unless config.json and weights `keys` are those of OpenVLA-OFT's fork of transformers, 4.40."
     path = folder / "config.json"
-    try: record = json.loads(path.read_text()) if path.exists() else {}
+    try: record = read_json(path) or {}
     except ValueError as error: raise UserError(f"{path} is damaged ({error}): fetch it again") from None
     kind, version = record.get("model_type", "openvla"), str(record.get("transformers_version", "4.40"))
     if kind != "openvla": raise UserError(f"{folder} is a '{kind}' policy and not 'openvla': give an OpenVLA-OFT checkpoint")
@@ -648,7 +646,6 @@ def save_policy(folder, policy: OpenVLAOFT, like, shard_bytes: int = 5 * 10**9, 
 # %% ../nbs/07_policy.ipynb #390977b6
 def save_trained(folder, policy: OpenVLAOFT, like, stats=None):
     "Write `policy`, its adapters merged, to `folder`, replacing what is there, in the format of the folder `like` it was loaded from."
-    path = Path(like) / "config.json"
-    if path.exists() and "policy" in json.loads(path.read_text()): return policy.save_pretrained(folder)
+    if "policy" in (read_json(Path(like, "config.json")) or {}): return policy.save_pretrained(folder)
     if is_main(): shutil.rmtree(folder, ignore_errors=True)
     save_policy(folder, policy, like, stats=stats)

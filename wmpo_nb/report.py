@@ -20,7 +20,7 @@ import torch
 from .evaluation import Agreement, Evaluation, mcnemar, over_trainings, paired_difference
 from .presets import UserError, completed
 from .run import command
-from .weights import atomic_write
+from .weights import atomic_write, write_json
 
 # %% ../nbs/19_report.ipynb #f95011f5
 def in_words(before: Evaluation, after: Evaluation) -> str:
@@ -395,8 +395,7 @@ def save_record(folder, record: dict):
              for i, clip in enumerate(clips) for name in ("real", "dream")}
     with atomic_write(Path(folder) / "clips.safetensors") as temporary: save_file(films, str(temporary))
     plain = [{key: value for key, value in clip.items() if key not in ("real", "dream")} for clip in clips]
-    with atomic_write(Path(folder) / "record.json") as temporary:
-        Path(temporary).write_text(json.dumps(record | {"clips": plain}, indent=1), encoding="utf-8")
+    write_json(Path(folder, "record.json"), record | {"clips": plain})
 
 # %% ../nbs/19_report.ipynb #33c24686
 def load_record(folder) -> dict:

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from tqdm import tqdm
 from .presets import Preset, UserError, completed, load_preset
 from .processes import ShardedOptimizer, from_main, is_main, is_sharded, shards, start_processes, sum_over_processes, wait_for_all
-from .weights import atomic_write, fingerprint, fsync
+from .weights import atomic_write, fingerprint, fsync, read_json, write_json
 
 # %% ../nbs/04_run.ipynb #7bd490a1
 class Stopped(Exception):
@@ -359,13 +359,11 @@ class Run:
         if resume: self._recall()
 
     def _recall(self):
-        ledger, done = self.folder/"ledger.json", self.folder/"done.json"
-        if ledger.exists(): self.ledger.load_state_dict(json.loads(ledger.read_text()))
-        if done.exists(): self._done = json.loads(done.read_text())
+        if ledger := read_json(self.folder/"ledger.json"): self.ledger.load_state_dict(ledger)
+        self._done = read_json(self.folder/"done.json") or []
 
     def _write(self, name: str, content):
-        if not is_main(): return
-        with atomic_write(self.folder/name) as temporary: temporary.write_text(json.dumps(content, indent=1))
+        if is_main(): write_json(self.folder/name, content)
 
 # %% ../nbs/04_run.ipynb #a271e79e
 # what a run may be given anew when it is resumed: it changes memory, speed or what is kept, and the result by rounding at most
@@ -383,10 +381,10 @@ def check_new(folder):
 @patch
 def _claim(self: Run, config: dict, resume: bool):
     "Make the folder ours, or say why not."
-    path = self.folder/"config.json"
     try:
         if not resume: check_new(self.folder)
-        difference = _first_difference(_result_of(_completed(json.loads(path.read_text()))), _result_of(config)) if path.exists() else None
+        known = read_json(self.folder/"config.json")
+        difference = _first_difference(_result_of(_completed(known)), _result_of(config)) if known else None
         if difference: raise UserError(f"cannot resume {self.folder}: {difference}. Choose another --output")
         self._write("config.json", config)
     except OSError as error:
@@ -493,8 +491,8 @@ def close(self: Run):
 @patch
 def start_from(self: Run, weights: dict[str, str]):
     "Note the digests of the weights that the run starts from, by name. Raises `UserError` if it is resumed with others."
-    path = self.folder/"weights.json"
-    noted = json.loads(path.read_text()) if path.exists() else weights
+    noted = read_json(self.folder/"weights.json")
+    if noted is None: noted = weights
     self.weights = weights
     changed = [name for name in sorted(noted.keys() | weights.keys()) if noted.get(name) != weights.get(name)]
     if changed: raise UserError(f"cannot resume {self.folder}: it started from other files ({', '.join(changed)}). Choose another --output")

@@ -21,7 +21,7 @@ from fastcore.basics import patch
 
 # %% ../nbs/05_trajectory.ipynb #4be1faa4
 from .presets import UserError, seeds_for
-from .weights import atomic_write
+from .weights import atomic_write, write_json
 
 # %% ../nbs/05_trajectory.ipynb #2cfaf7b3
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def unnormalize(self: ActionStats, normalized: torch.Tensor) -> torch.Tensor:
 def save_stats(path, stats: ActionStats, key: str):
     "Write `stats` under `key` in the layout of upstream's `dataset_statistics.json`."
     action = {"q01": stats.q01.tolist(), "q99": stats.q99.tolist(), "mask": stats.mask.tolist()}
-    with atomic_write(path) as temporary: Path(temporary).write_text(json.dumps({key: {"action": action}}, indent=1))
+    write_json(path, {key: {"action": action}})
 
 # %% ../nbs/05_trajectory.ipynb #7ed51124
 def load_stats(path, key: str | None = None) -> ActionStats:

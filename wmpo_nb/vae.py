@@ -7,7 +7,7 @@ __all__ = ['to_pixels', 'to_frames', 'make_autoencoder', 'VAE', 'accept_diffuser
            'reconstruct_shards', 'main']
 
 # %% ../nbs/09_vae.ipynb #d5a233d8
-import json, shutil, sys
+import shutil, sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from .presets import UserError, VAEConfig, VAETrainConfig
 from .processes import is_main, prepare, start_processes
 from .run import command, open_run, parse_preset, preset_parser, progress
 from .training import EMA, fast_precision, make_optimizer, train_step
-from .weights import atomic_write, config_of, load_into, save_tensors, save_weights
+from .weights import config_of, load_into, save_tensors, save_weights, write_json
 from .trajectory import TrajectoryBatch, read_shards, write_shard
 
 # %% ../nbs/09_vae.ipynb #15819d6d
@@ -266,7 +266,7 @@ def load_diffusers(folder) -> VAE:
 def save_diffusers(folder, vae: VAE):
     "Write `vae` as a diffusers folder, for `AutoencoderKL.from_pretrained`. The weights come last: they make it complete."
     record = dict(vae.module.config) | {"_class_name": "AutoencoderKL", "scaling_factor": vae.config.scaling_factor}
-    with atomic_write(Path(folder, "config.json")) as temporary: temporary.write_text(json.dumps(record, indent=2))
+    write_json(Path(folder, "config.json"), record)
     save_tensors(Path(folder, "diffusion_pytorch_model.safetensors"), vae.module.state_dict())
 
 # %% ../nbs/09_vae.ipynb #7c391242
