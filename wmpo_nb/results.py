@@ -14,6 +14,7 @@ __all__ = ['METHODS', 'TABLE1_HEAD', 'VERDICTS_HEAD', 'PAPER_TASK_NAMES', 'PAPER
 
 # %% ../nbs/29_results.ipynb #59b6b44a
 import base64, json, math, re, shlex
+from itertools import cycle
 from pathlib import Path
 
 # %% ../nbs/29_results.ipynb #6fab7eb5
@@ -520,15 +521,15 @@ def truth_figure(cells: list[dict]):
 def agreement_figure(cells: list[dict]):
     presets = sorted({c["preset"] for c in cells})
     figure, (left, right, *maps) = _figure(7 + 4 * len(presets), 3.2, 2 + len(presets))
-    for cell in cells:
-        points = [[100 * p[side][0] / p[side][1] for p in cell["policies"]] for side in ("dreamt", "real")]
-        left.plot(*points, "o", ms=4, label=f"{cell['preset']}, P = {cell['P']}, seed {cell['seed']}")
     left.plot([0, 100], [0, 100], color="grey", lw=0.7)
-    left.set(xlabel="success in the dream, %", ylabel="in reality, %", xlim=(0, 100), ylim=(0, 100)); left.legend(fontsize=6)
-    for i, group in enumerate(parts_of(cells).values()):
+    for i, (part, group) in enumerate(parts_of(cells).items()):
+        for cell, marker in zip(group, cycle("o^sDv")):
+            points = [[100 * p[side][0] / p[side][1] for p in cell["policies"]] for side in ("dreamt", "real")]
+            left.plot(*points, marker, ms=4, color=f"C{i}", label=f"{part}, seed {cell['seed']}")
         for confidence, k, n in _calibration_points(group):
             low, high = wilson(k, n)
             right.plot([confidence] * 2, [low, high], color=f"C{i}"); right.plot(confidence, k / n, "o", color=f"C{i}")
+    left.set(xlabel="success in the dream, %", ylabel="in reality, %", xlim=(0, 100), ylim=(0, 100)); left.legend(fontsize=6)
     right.plot([0, 1], [0, 1], color="grey", lw=0.7); right.set(xlabel="confidence in the dream", ylabel="real success (95 %)", xlim=(0, 1), ylim=(0, 1))
     for where, preset in zip(maps, presets):
         errors = error_map([c for c in cells if c["preset"] == preset])
