@@ -5,9 +5,9 @@ __all__ = ['PACKAGE', 'PHYSICS', 'PROBE', 'DISK_NEEDED', 'REFERENCE', 'PRESET', 
            'Finding', 'ok', 'warning', 'failed', 'Check', 'first_line', 'examine', 'parse_pins', 'tested_versions',
            'installed_version', 'check_versions', 'try_backend', 'check_drawing', 'check_mimicgen', 'check_cuda',
            'check_disk', 'check_policy', 'Reference', 'record_reference', 'save_reference', 'load_reference',
-           'make_reference', 'difference', 'nearest_view', 'compare', 'Kit', 'check_first_frame', 'finger_distance',
-           'check_gripper', 'check_replay_states', 'check_replay_actions', 'first_success', 'check_base_success',
-           'line', 'diagnose', 'main']
+           'make_reference', 'difference', 'nearest_view', 'compare', 'Kit', 'check_first_frame', 'check_gripper',
+           'check_replay_states', 'check_replay_actions', 'first_success', 'check_base_success', 'line', 'diagnose',
+           'main']
 
 # %% ../nbs/24_doctor.ipynb #f4006e0c
 import argparse, functools, hashlib, json, os, shutil, subprocess, sys
@@ -295,11 +295,6 @@ def check_first_frame(kit) -> Finding:
     if found.status != "ok" or kit.reference.task == kit.task: return found
     return warning(f"{found.text}; but the reference is of an older task", "maintainers: wmpo-doctor --make-reference")
 
-# %% ../nbs/24_doctor.ipynb #3bd64edc
-def finger_distance(env: Environment) -> float:
-    "Distance between the fingers, metres (the joints of the two have opposite signs)."
-    return float(np.abs(env.data.qpos[env.robot._ref_gripper_joint_pos_indexes]).sum())
-
 # %% ../nbs/24_doctor.ipynb #64385c82
 def check_gripper(kit) -> Finding:
     "+1 closes the fingers and -1 opens them."
@@ -307,7 +302,7 @@ def check_gripper(kit) -> Finding:
     for sign in (1.0, -1.0):
         env.restore(kit.reference.snapshots[0])
         for _ in range(10): env.step([0, 0, 0, 0, 0, 0, sign])
-        distances.append(1000 * finger_distance(env))
+        distances.append(1000 * env.finger_distance())
     text = f"fingers {distances[0]:.0f} mm apart after +1, {distances[1]:.0f} mm after -1"
     if distances[0] + 10 > distances[1]: return failed(text, "+1 must close: install the tested robosuite")
     if kit.reference.actions[-1, 6] <= 0: return failed("the demonstration ends with an open gripper", "wmpo-doctor --make-reference")

@@ -501,7 +501,7 @@ def watch_trial(environment: Environment, seed: int, actions: np.ndarray) -> tup
     for action in actions:
         environment.step(action)
         held.append(environment.env._check_grasp(gripper=gripper, object_geoms=item))
-        gap.append(np.abs(environment.data.qpos[environment.robot._ref_gripper_joint_pos_indexes]).sum())
+        gap.append(environment.finger_distance())
     return np.array(held, dtype=bool), np.array(gap)
 
 # %% ../nbs/31_experiments.ipynb #f3c87802

@@ -307,6 +307,11 @@ def success(self: Environment) -> bool:
     "robosuite's own, unaltered rule."
     return bool(self.env._check_success())
 
+@patch
+def finger_distance(self: Environment) -> float:
+    "Distance between the fingers, metres (the joints of the two have opposite signs)."
+    return float(np.abs(self.data.qpos[self.robot._ref_gripper_joint_pos_indexes]).sum())
+
 # %% ../nbs/06_simulator.ipynb #09ad771c
 @patch
 def frame(self: Environment) -> np.ndarray:
