@@ -488,6 +488,7 @@ def test_every_other_kind_of_cell_in_miniature(miniature):
     assert [p["name"] for p in found["agreement"][0]["policies"]] == ["base policy", "after WMPO", "after GRPO", "after DPO"]
     assert all(sum(map(sum, p["confusion"])) == 2 for p in found["agreement"][0]["policies"])
     assert {c["setting"] for c in found["alignment"]} == {"aligned", "not aligned"} and all(sum(map(sum, c["confusion"])) == 2 for c in found["alignment"])
+    assert all(len(c["verdicts"]) == len(c["how"]) == 2 and sum(not how for how in c["how"]) == c["real"][0] for c in found["alignment"])
     assert found["ablations"][0]["variant"] == "2 chunks" and len(found["ablations"][0]["outcome"]["success"]) == 2
     rounds = {(c["method"], c["round"]): c for c in found["lifelong"]}
     assert set(rounds) == {("wmpo", 0), ("wmpo", 1), ("wmpo", 2), ("wmpo", 3), ("imitation", 1)}

@@ -10,7 +10,7 @@ import torch
 from wmpo_nb.evaluation import (Evaluation, calibration, chunk_psnr, departures, spearman, ssim, ssim_by_frame, verdict_flips, wilson)
 from wmpo_nb.presets import UserError
 from wmpo_nb.results import (_in_order, PAPER_TABLE1, best_baseline, checkpoint_correlation, compare, disruptions_figure, gained_groups, gained_markdown, holm, lifelong_comparisons, lifelong_figure, noise_figure, outcome, page_markdown, paper_table1,
-                             pooled_rate, read_result, recoveries_markdown, relative_steps, seeds_lines, select, table1_comparisons, table1_rows, truth_row,
+                             pooled_rate, read_result, recoveries_markdown, relative_steps, seeds_lines, select, table1_comparisons, table1_rows, truth_markdown, truth_row,
                              variants_text, verdicts, without_covered, write_pages)
 from wmpo_nb.trajectory import TrajectoryBatch
 
@@ -105,6 +105,17 @@ def test_truth_is_pooled_over_counts():
     row = truth_row({0: truth(0, [[3, 1], [0, 4]], [4, 8], [5, 8]), 1: truth(1, [[1, 3], [2, 2]], [4, 8], [7, 8])})
     assert row[0] == "62.5 %" and row[1].startswith("50.0 % (4/8") and row[2].startswith("25.0 % (2/8")
     assert row[3].startswith("75.0 % (12/16") and row[5].startswith("12.5 % (2/16")
+
+
+def test_dreams_are_compared_on_the_failures_they_were_shown():
+    "Two seeds, one of four failures each is a success in the aligned dream, three in the other."
+    how = ["", "lost it", "lost it", "never closed", "never closed"]
+    def cell(seed, setting, verdicts): return truth(seed, [[3, 1], [0, 1]], [1, 5], [2, 5]) | {"setting": setting, "verdicts": verdicts, "how": how}
+    cells = [cell(s, *c) for s in (0, 1) for c in (("aligned", "11000"), ("not aligned", "11110"))]
+    text = truth_markdown(cells)
+    assert "| lost it | 50.0 % (2/4" in text and "| never closed | 0.0 % (0/4" in text
+    assert "All of them, not aligned against aligned, paired: +50.0 (" in text and ", p = 0.12" in text and "over trainings" not in text
+    assert "the trial" not in truth_markdown([{k: v for k, v in c.items() if k != "how"} for c in cells])
 
 
 def test_recoveries_are_shares_of_failed_grasps():

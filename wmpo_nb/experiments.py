@@ -8,11 +8,12 @@ __all__ = ['MAKES_WEIGHTS', 'DREAMLESS', 'DREAM', 'ABLATIONS', 'WMPO_CELLS', 'AL
            'make_wmpo', 'dream_of', 'count', 'compare_with_reality', 'peak_scores', 'make_truth', 'policy_series',
            'judge_on_reality', 'make_agreement', 'noisy_world_model', 'open_loop', 'make_noise', 'vary',
            'BranchedDream', 'branch_points', 'branched', 'make_ablation', 'repaint', 'disturb', 'displaced',
-           'disrupted', 'make_disruption', 'watch_trial', 'failed_grasps', 'recovery_film', 'make_recovery',
-           'make_lifelong', 'make_imitation', 'table1_jobs', 'noise_jobs', 'agreement_jobs', 'ablation_job',
-           'truth_job', 'alignment_jobs', 'flow_steps_jobs', 'ablations_jobs', 'disruptions_jobs', 'recoveries_jobs',
-           'lifelong_jobs', 'plan', 'only', 'cells_of', 'beside', 'result_of', 'settings_of', 'rests_on', 'check_alike',
-           'check_kept', 'known_cells', 'spared', 'collate', 'cell_words', 'open_lock', 'run_cell', 'main']
+           'disrupted', 'make_disruption', 'watch_trial', 'failed_grasps', 'how_it_failed', 'ways_to_fail',
+           'recovery_film', 'make_recovery', 'make_lifelong', 'make_imitation', 'table1_jobs', 'noise_jobs',
+           'agreement_jobs', 'ablation_job', 'truth_job', 'alignment_jobs', 'flow_steps_jobs', 'ablations_jobs',
+           'disruptions_jobs', 'recoveries_jobs', 'lifelong_jobs', 'plan', 'only', 'cells_of', 'beside', 'result_of',
+           'settings_of', 'rests_on', 'check_alike', 'check_kept', 'known_cells', 'spared', 'collate', 'cell_words',
+           'open_lock', 'run_cell', 'main']
 
 # %% ../nbs/31_experiments.ipynb #73bc2242
 import base64, fcntl, fnmatch, io, json, os, shlex, subprocess, sys, time
@@ -40,7 +41,7 @@ from .policy import OpenVLAOFT
 
 # %% ../nbs/31_experiments.ipynb #e0692e49
 from .presets import Preset, STDiTConfig, UserError, completed, load_preset, override, seeds_for
-from .results import outcome, read_result, write_pages
+from .results import bits, outcome, read_result, write_pages
 from .reward import clip_ends, f1_score, judge, load_reward, trajectory_scores
 from .run import Run, command, heed_sigterm, parse_preset, preset_parser, progress, stop_if_asked
 from .training import fast_precision
@@ -292,7 +293,7 @@ def compare_with_reality(cell: Cell, dream: Dream, policy, real: TrajectoryBatch
         inside = rollout(policy, dream, first_frames(real), chunks=cell.preset.task.chunks, seed=cell.seed,
                          temperature=cell.preset.collect.temperature)
     found = agreement(real, dreamt)
-    return {"confusion": found.confusion, "psnr": found.psnr, "dreamt": count(inside.success), "real": count(real.success),
+    return {"confusion": found.confusion, "verdicts": bits(dreamt.success), "psnr": found.psnr, "dreamt": count(inside.success), "real": count(real.success),
             "flips": verdict_flips(dreamt.success, again.success), "departures": departures(real, dreamt, cell.preset.task.chunk_size),
             "calibration": calibration(peak_scores(dream.classifier, dreamt), real.success)}
 
@@ -304,9 +305,10 @@ def peak_scores(classifier, batch: TrajectoryBatch) -> torch.Tensor:
 
 # %% ../nbs/31_experiments.ipynb #7eae8494
 def make_truth(cell: Cell) -> dict:
-    "How true one dream is on held-out trajectories of the base policy."
-    dream = dream_of(cell, cell.options.get("aligned", True))
-    return {"setting": cell.options["setting"]} | compare_with_reality(cell, dream, cell.parts.base, held_out(cell, cell.parts.base))
+    "How true one dream is on held-out trajectories of the base policy, and in which ways these had failed."
+    dream, real = dream_of(cell, cell.options.get("aligned", True)), held_out(cell, cell.parts.base)
+    found = compare_with_reality(cell, dream, cell.parts.base, real)
+    return {"setting": cell.options["setting"], "how": ways_to_fail(Simulator(cell.preset.task, 0).environment, real)} | found
 
 # %% ../nbs/31_experiments.ipynb #f0ab4a18
 def policy_series(cell: Cell) -> dict[str, Path | None]:
@@ -511,6 +513,19 @@ def failed_grasps(held: np.ndarray, gap: np.ndarray, drops: bool = True, closed:
     steps = [t for t in range(len(gap)) if empty[t] and not (t and empty[t - 1])]
     if drops: steps += [t for t in range(3, len(held)) if held[t - 3] and held[t - 2] and not held[t - 1] and not held[t]]
     return sorted(steps)
+
+# %% ../nbs/31_experiments.ipynb #9e8387b5
+def how_it_failed(held: np.ndarray, gap: np.ndarray) -> str:
+    "The way in which a trial failed, from what `watch_trial` saw of it."
+    if held[-1]: return "still held it at the end"
+    if (held[1:] & held[:-1]).any(): return "lost it, or let it go"
+    return "closed its hand on nothing" if failed_grasps(held, gap) else "never closed its hand"
+
+
+def ways_to_fail(environment: Environment, real: TrajectoryBatch) -> list[str]:
+    "`how_it_failed` for each of `real` trials, empty for those that succeeded."
+    trials = zip(real.state_id.tolist(), real.actions.numpy(), real.length.tolist(), real.success.tolist())
+    return ["" if success else how_it_failed(*watch_trial(environment, seed, actions[:length])) for seed, actions, length, success in trials]
 
 # %% ../nbs/31_experiments.ipynb #a1ef89a8
 def recovery_film(environment: Environment, seed: int, actions: np.ndarray, columns: int = 9) -> str:

@@ -2,15 +2,16 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'TABLE1_HEAD', 'VERDICTS_HEAD', 'PAPER_TASK_NAMES', 'PAPER_TABLE1', 'PAPER_TABLE2', 'TRUTH_HEAD',
-           'DISRUPTIONS', 'SHARES', 'PAGES', 'RATES_NOTE', 'TESTS_NOTE', 'outcome', 'successes', 'rate_text',
+           'DISRUPTIONS', 'SHARES', 'PAGES', 'RATES_NOTE', 'TESTS_NOTE', 'outcome', 'bits', 'successes', 'rate_text',
            'markdown_table', 'select', 'compare', 'pooled_rate', 'relative_steps', 'base_of', 'best_baseline',
            'difference_text', 'table1_rows', 'holm', 'verdict', 'verdicts', 'table1_comparisons', 'paper_table1',
-           'noise_markdown', 'truth_row', 'truth_markdown', 'gained_comparisons', 'gained_groups', 'gained_markdown',
-           'disruptions_markdown', 'shares_text', 'recoveries_markdown', 'lifelong_comparisons', 'lifelong_markdown',
-           'checkpoint_correlation', 'agreement_markdown', 'parts_of', 'error_map', 'table1_figure', 'noise_figure',
-           'gained_figure', 'truth_figure', 'agreement_figure', 'disruptions_figure', 'lifelong_figure',
-           'variants_text', 'table1_markdown', 'dreams_and_gains', 'notes', 'kind_of', 'seeds_lines', 'without_covered',
-           'page_markdown', 'read_result', 'write_pages']
+           'noise_markdown', 'truth_row', 'failure_rows', 'false_successes_text', 'truth_markdown',
+           'gained_comparisons', 'gained_groups', 'gained_markdown', 'disruptions_markdown', 'shares_text',
+           'recoveries_markdown', 'lifelong_comparisons', 'lifelong_markdown', 'checkpoint_correlation',
+           'agreement_markdown', 'parts_of', 'error_map', 'table1_figure', 'noise_figure', 'gained_figure',
+           'truth_figure', 'agreement_figure', 'disruptions_figure', 'lifelong_figure', 'variants_text',
+           'table1_markdown', 'dreams_and_gains', 'notes', 'kind_of', 'seeds_lines', 'without_covered', 'page_markdown',
+           'read_result', 'write_pages']
 
 # %% ../nbs/29_results.ipynb #59b6b44a
 import base64, json, math, re, shlex
@@ -31,9 +32,13 @@ def outcome(evaluation: Evaluation) -> dict:
     "What a result file keeps of an evaluation: first and last state, one character a trial, mean steps of the successes."
     steps = evaluation.finish_step[evaluation.success].float()
     return {"states": [int(evaluation.state_id[0]), int(evaluation.state_id[-1])],
-            "success": "".join("01"[int(s)] for s in evaluation.success), "mean_steps": round(float(steps.mean()), 3) if len(steps) else None}
+            "success": bits(evaluation.success), "mean_steps": round(float(steps.mean()), 3) if len(steps) else None}
 
 # %% ../nbs/29_results.ipynb #674b6244
+def bits(success: Tensor) -> str:
+    "One character a trial of bool [n]."
+    return "".join("01"[int(s)] for s in success)
+
 def successes(outcomes: list[dict]) -> Tensor:
     "The trials of several `outcome`s as one bool [n]."
     return torch.tensor([c == "1" for o in outcomes for c in o["success"]], dtype=torch.bool)
@@ -261,12 +266,32 @@ def _in_order(names) -> list:
 def _settings(cells, preset, P): return _in_order(c["setting"] for c in cells if (c["preset"], c["P"]) == (preset, P))
 
 # %% ../nbs/29_results.ipynb #e2a163cd
+def failure_rows(by_setting: dict[str, dict[int, dict]]) -> list[list]:
+    "For each way to fail: how many real trials failed like that, and how many of them are successes in each dream (`truth` cells by seed)."
+    def seen(group, way):
+        dreamt = [verdict for c in group.values() for verdict, how in zip(c["verdicts"], c["how"]) if how == way]
+        return dreamt.count("1"), len(dreamt)
+    ways = {way for group in by_setting.values() for c in group.values() for way in c["how"]} - {""}
+    return [[way, *(rate_text(*seen(group, way)) for group in by_setting.values())] for way in sorted(ways)]
+
+
+def false_successes_text(by_setting: dict[str, dict[int, dict]]) -> list[str]:
+    "How many more of the real failures are successes in each dream than in the first of them, paired."
+    def failures(c): return {"outcome": {"states": c["how"], "success": "".join(v for v, how in zip(c["verdicts"], c["how"]) if how)}}
+    (first, reference), *others = [(s, {seed: failures(c) for seed, c in group.items()}) for s, group in by_setting.items()]
+    return [f"All of them, {s} against {first}, paired: {difference_text(compare(reference, group))}." for s, group in others]
+
+# %% ../nbs/29_results.ipynb #59328a3d
 def truth_markdown(cells: list[dict]) -> str:
     "Dream against reality, by setting (`truth` cells)."
     lines, found = [], [c for c in cells if "confusion" in c]
     for preset, P in sorted({(c["preset"], c["P"]) for c in found}):
-        rows = [[setting, *truth_row(select(found, preset=preset, P=P, setting=setting))] for setting in _settings(found, preset, P)]
+        settings = {s: select(found, preset=preset, P=P, setting=s) for s in _settings(found, preset, P)}
+        rows = [[name, *truth_row(group)] for name, group in settings.items()]
         lines += [f"### Is the dream true? {preset}, P = {P}", "", markdown_table(["dream", *TRUTH_HEAD], rows), ""]
+        if not all(any(c.get("how", [])) for group in settings.values() for c in group.values()): continue
+        lines += ["Real failures that the dream shows as successes, by the way in which they failed:", "",
+                  markdown_table(["the trial", *settings], failure_rows(settings)), "", *false_successes_text(settings), ""]
     return "\n".join(lines)
 
 # %% ../nbs/29_results.ipynb #d6426e78
