@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from wmpo_nb.presets import UserError, WorldModelTrainConfig
-from wmpo_nb.training import EMA, Optimizers, is_block_matrix, learning_rate_at, make_optimizer
+from wmpo_nb.processes import start_processes
+from wmpo_nb.training import EMA, Optimizers, is_block_matrix, learning_rate_at, make_optimizer, train_step
 
 
 def test_ema_is_the_weighted_mean_of_the_weights():
@@ -63,3 +64,28 @@ def test_optimizers_share_no_parameter_and_skip_frozen_ones():
     assert len(parameters) == len(set(parameters)) == 3
     with pytest.raises(UserError, match="adamw or muon"):
         make_optimizer(model.named_parameters(), WorldModelTrainConfig(optimizer="sgd"))
+
+
+def one_step(config, step=0):
+    "A step of a block and a head, whose loss has a steep gradient; model, optimizer and the step's numbers."
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"head": nn.Linear(4, 1), "blocks": nn.ModuleList([nn.Linear(4, 4)])})
+    optimizer = make_optimizer(model.named_parameters(), config)
+    loss_of = lambda x: {"loss": 100 * model["head"](model["blocks"][0](x)).square().mean()}
+    return model, optimizer, train_step(start_processes(), loss_of, (torch.ones(8, 4),), model, optimizer, step, config)
+
+
+def test_muon_has_a_rate_of_its_own_the_decay_is_everybodys_and_warm_up_scales_each():
+    config = WorldModelTrainConfig(learning_rate=1e-3, muon_learning_rate=0.5, weight_decay=0.03, warmup_steps=10, steps=100, decay_steps=0)
+    _, optimizer, _ = one_step(config, step=3)
+    groups = {type(o).__name__: o.param_groups[0] for o in optimizer.optimizers}
+    assert {name: group["lr"] for name, group in groups.items()} == pytest.approx({"AdamW": 0.4e-3, "Muon": 0.2})
+    assert {group["weight_decay"] for group in groups.values()} == {0.03}
+    assert [p.shape for p in groups["Muon"]["params"]] == [(4, 4)]
+
+
+@pytest.mark.parametrize("limit", [0.5, 1e9])
+def test_a_step_clips_the_joint_norm_and_says_what_it_was(limit):
+    model, _, numbers = one_step(WorldModelTrainConfig(grad_clip=limit))
+    norm = float(torch.cat([p.grad.flatten() for p in model.parameters()]).norm())
+    assert numbers["grad_norm"] > 10 and norm == pytest.approx(min(limit, numbers["grad_norm"]), rel=1e-4)

@@ -13,7 +13,7 @@ from wmpo_nb.presets import GRPOConfig, Preset, UserError
 from wmpo_nb.run import Checkpointer, Run, Stopped, heed_sigterm, read_metrics, told_to_stop
 from wmpo_nb.training import make_optimizer
 from wmpo_nb.trajectory import InitialState, rollout, write_shard
-from wmpo_nb.wmpo import (NothingToLearn, draw_states, dream_starts, forward_passes, gather, main, mix_seed, token_statistics,
+from wmpo_nb.wmpo import (NothingToLearn, draw_states, dream_starts, forward_passes, gather, kl_to_start, main, mix_seed, token_statistics,
                           train_wmpo, update, validate)
 
 CONFIG = GRPOConfig(iterations=4, group_size=4, groups=4, mini_batch=8, micro_batch=4, learning_rate=1e-3)
@@ -173,6 +173,67 @@ def test_how_far_an_update_moved_is_not_how_old_the_trials_were():
     old = replace(batch, log_probs=batch.log_probs + 0.5)                     # as if made by a policy half a nat a token away
     still, much = (one_update(replace(CONFIG, mini_batch=16, learning_rate=rate), old, new_policy(), stale=len(old))[0] for rate in (0.0, 1e-3))
     assert abs(still["approx_kl"]) > 0.4 and abs(still["moved"]) < 1e-6 < abs(much["moved"])
+
+
+@pytest.mark.parametrize("low, high, clips", [(0.1, 0.5, False), (0.5, 0.1, True)])
+def test_an_update_clips_where_it_is_told_to(low, high, clips):
+    "Trials made by a policy to which everything was less likely, by a factor of 1.28: only the upper bound can bind, and for the winners."
+    batch, _ = collected()
+    old = replace(batch, log_probs=batch.log_probs - 0.25)
+    numbers, _ = one_update(replace(CONFIG, mini_batch=16, learning_rate=0.0, clip_low=low, clip_high=high), old, new_policy(), stale=len(old))
+    assert numbers["clip_fraction"] == pytest.approx(float(batch.success.float().mean()) if clips else 0.0, abs=1e-5)
+
+
+def test_gradients_are_clipped_to_the_configured_norm():
+    batch, _ = collected()
+    numbers, gradient = one_update(replace(CONFIG, mini_batch=16, grad_clip=1e-3), batch, new_policy())
+    assert numbers["grad_norm"] > 1e-2 and float(gradient.norm()) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_the_distance_from_the_start_is_its_kl_divergence():
+    "On average over what the acting policy does."
+    now, start = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.5, 0.3])
+    assert float((now * kl_to_start(now.log(), start.log())).sum()) == pytest.approx(float((now * (now / start).log()).sum()))
+
+
+def test_the_start_policy_does_not_move_along():
+    rows = []
+    train(new_policy(), config=replace(CONFIG, iterations=3, start_kl=True), log=lambda i, **numbers: rows.append(numbers["start_kl"]))
+    assert abs(rows[0]) < 1e-6 and 1e-5 < rows[1] < rows[2]
+
+
+def test_each_iteration_throws_other_dice():
+    "Nothing is learned in between, and every state is tried each time."
+    class Recording(Brightness):
+        def step(self, actions):
+            acts.append(actions)
+            return super().step(actions)
+    acts, ends, config = [], [], replace(CONFIG, iterations=2, learning_rate=0.0, groups=len(STATES), max_draws=1, rollout_groups=len(STATES), validate_every=0)
+    train(new_policy(), Recording(), config, log=lambda *_, **numbers: ends.append(len(acts)))
+    first, second = (torch.cat(part).flatten(1).sum(1).sort().values for part in (acts[:ends[0]], acts[ends[0]:]))
+    assert first.shape == second.shape and not torch.equal(first, second)
+
+
+def test_groups_that_waited_come_first_and_with_the_probabilities_they_were_made_with(monkeypatch):
+    updates = []
+    def spy(policy, optimizer, batch, config, stale=0, **options):
+        updates.append((batch, stale))
+        return update(policy, optimizer, batch, config, stale=stale, **options)
+    monkeypatch.setattr("wmpo_nb.wmpo.update", spy)
+    gathered = []
+    def gather_and_keep(*arguments, **options):
+        gathered.append(gather(*arguments, **options))
+        return gathered[-1]
+    monkeypatch.setattr("wmpo_nb.wmpo.gather", gather_and_keep)
+    config = replace(CONFIG, iterations=3, groups=2, draw_multiple=8, validate_every=0)
+    train(new_policy(), config=config)
+    used = config.groups * config.group_size
+    for (found, _), (batch, _), (following, stale) in zip(gathered, updates, updates[1:]):
+        assert torch.equal(found.tokens[:used], batch.tokens) and len(found) > used
+        waited = min(len(found) - used, used)
+        assert stale == len(found) - used and torch.equal(following.tokens[:waited], found.tokens[used:][:waited])
+        assert torch.equal(following.log_probs[:waited], found.log_probs[used:][:waited])
+    assert updates[0][1] == 0
 
 
 def test_the_loop_asks_a_world_for_three_things_only():
