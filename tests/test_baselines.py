@@ -9,20 +9,22 @@ import time
 from argparse import Namespace
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from helpers import SMALL, STATS, refusal
 from wmpo_nb import baselines
-from wmpo_nb.baselines import (_settings, affordable, batch_variants, dpo_coefficients, dpo_loss, dpo_step, main, pair_up, train_dpo, train_online,
-                               trajectory_log_probs, try_variants)
+from wmpo_nb.baselines import (_settings, affordable, batch_variants, dpo_coefficients, dpo_loss, dpo_step, main, pair_up, run_dpo, run_grpo,
+                               train_dpo, train_online, trajectory_log_probs, try_variants)
 from wmpo_nb.grpo import action_mask
 from wmpo_nb.policy import OpenVLAOFT
-from wmpo_nb.presets import GRPOConfig, Preset, UserError
+from wmpo_nb.presets import GRPOConfig, Preset, UserError, load_preset, seeds_for
 from wmpo_nb.run import Checkpointer, Run, read_metrics
 from wmpo_nb.training import Diverged
 from wmpo_nb.trajectory import InitialState, rollout
+from wmpo_nb.wmpo import gather
 
 CONFIG = GRPOConfig(group_size=4, groups=4, max_draws=2, mini_batch=8, micro_batch=4, learning_rate=1e-3)
 STATES = [InitialState(i, torch.zeros(16, 16, 3, dtype=torch.uint8)) for i in range(40)]
@@ -263,6 +265,49 @@ def test_the_best_variant_on_selection_states_is_kept_and_none_is_trained_twice(
     assert trained == ["worse", "better", "broken", "broken"]
     kept = OpenVLAOFT.from_pretrained(tmp_path / "run/policy")
     assert float(next(kept.parameters()).detach().mean()) == 0.75
+
+
+def test_training_and_choosing_have_states_of_their_own_and_the_settings_of_the_preset(tmp_path, monkeypatch):
+    trained, chosen = [], []
+    def practise(policy, world, states, config, *, run, stage, **options):
+        trained.append(([s.state_id for s in states], config, options))
+        run.log(stage, 0, spent=8)
+    def clone(policy, batch, config, **options): trained.append((batch, config, options))
+    def examine(policy, world, states, **options):
+        chosen.append(([s.state_id for s in states], options))
+        return SimpleNamespace(rate=0.5)
+    for name, double in (("train_online", practise), ("train_dpo", clone), ("evaluate", examine)): monkeypatch.setattr(baselines, name, double)
+    new_policy().save_pretrained(tmp_path / "start")
+    start = partial(OpenVLAOFT.from_pretrained, tmp_path / "start")
+    run = Run(tmp_path / "grpo", load_preset("tiny_lift", {"collect.trajectories": "8", "collect.temperature": "0.9"}), "test", 3)
+    run_grpo(run, start, selection=5, workers=0)
+    assert [states for states, _, _ in trained] == [seeds_for("collection", 8, 3)] * 2
+    assert [config for _, config, _ in trained] == [*batch_variants(run.preset.grpo).values()]
+    assert all((o["budget"], o["temperature"], o["seed"]) == (8, 0.9, 3) for _, _, o in trained)
+    run_dpo(run, start, "the batch", rates=(0.5, 0.25), beta=0.2, epochs=3, selection=5, workers=0)
+    assert [config.learning_rate / run.preset.grpo.learning_rate for _, config, _ in trained[2:]] == [0.25, 0.5]
+    assert all((batch, o["beta"], o["epochs"], o["temperature"], o["seed"]) == ("the batch", 0.2, 3, 0.9, 3) for batch, _, o in trained[2:])
+    assert chosen == [(seeds_for("selection", 5, 3), {"chunks": run.preset.task.chunks})] * 4            # greedy, which is what evaluate is
+    run.close()
+
+
+def test_each_epoch_pairs_anew_and_each_iteration_throws_other_dice(recorded, monkeypatch):
+    pairs, seeds = [], []
+    monkeypatch.setattr(baselines, "pair_up", lambda success, seed: pairs.append(pair_up(success, seed)) or pairs[-1])
+    train_dpo(new_policy(), recorded, CONFIG, epochs=2, temperature=1.0)
+    assert len(pairs) == 2 and not torch.equal(*pairs)
+    monkeypatch.setattr(baselines, "gather", lambda *arguments, seed, **options: seeds.append(seed) or gather(*arguments, seed=seed, **options))
+    online(40)
+    assert len(seeds) > 1 and len({*seeds}) == len(seeds)
+
+
+def test_dpo_clips_its_gradient(recorded):
+    from accelerate import Accelerator
+    batch, policy = recorded[pair_up(recorded.success, 0)[:4].T.flatten()], new_policy()
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+    numbers = dpo_step(policy, optimizer, batch, torch.zeros(8), replace(CONFIG, grad_clip=1e-3), beta=0.3, temperature=1.0, accelerator=Accelerator())
+    norm = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]).norm()
+    assert numbers["grad_norm"] > 1e-2 and float(norm) == pytest.approx(1e-3, rel=1e-3)
 
 
 def message(capsys, *arguments): return refusal(main, capsys, *arguments)
