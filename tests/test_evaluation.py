@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from wmpo_nb.evaluation import (Agreement, Evaluation, agreement, evaluate, mcnemar, paired_difference, psnr_by_frame,
+from wmpo_nb.evaluation import (Agreement, Evaluation, agreement, evaluate, mcnemar, over_trainings, paired_difference, psnr_by_frame,
                                 relative_length, replay, success_row, success_table, wilson)
 from wmpo_nb.trajectory import ActionChunk, InitialState, TrajectoryBatch
 
@@ -39,6 +39,16 @@ def test_mcnemar_of_many_disagreements_is_finite():
 def test_paired_difference_published_value():
     # Newcombe 1998, Statistics in Medicine 17:2635, method 10, for (a, b, c, d) = (36, 12, 2, 0)
     assert paired_difference(*paired(36, 12, 2, 0)) == pytest.approx((0.2, 0.0569, 0.3404), abs=1e-4)
+
+
+def test_alike_pairs_narrow_the_interval_by_a_corrected_correlation():
+    "By hand: phi is (20 * 16 - 2 * 12 - 25) / sqrt(32 * 18 * 22 * 28) = 0.455, the Wilson intervals are 0.5014 to 0.7586 and 0.3116 to 0.5769."
+    assert paired_difference(*paired(20, 12, 2, 16)) == pytest.approx((0.2, 0.0562, 0.3292), abs=1e-4)
+
+
+def test_the_interval_over_trainings_is_students():
+    assert over_trainings([0.1, 0.2, 0.3]) == pytest.approx((0.2 - 4.30265 * 0.1 / 3 ** 0.5, 0.2 + 4.30265 * 0.1 / 3 ** 0.5), abs=1e-5)
+    assert over_trainings([0.1, 0.3]) is None
 
 
 @pytest.mark.parametrize("table", [(0, 0, 0, 5), (5, 0, 0, 0), (0, 5, 0, 0), (2, 1, 1, 2)])
@@ -191,14 +201,14 @@ def test_an_exam_from_a_file_of_states_is_that_of_its_seeds(tmp_path, capsys):
     save_states(tmp_path / "states.npz", states, [""] * 6)
     outcomes = {}
     for name, extra in (("seeds", []), ("states", ["--states", str(tmp_path / "states.npz")])):
-        assert main(["--policy", str(shipped_weights(load_preset("tiny_lift")) / "policy_lift"), "--output", str(tmp_path / name), "--evaluation.states", "6", *extra]) == 0
+        assert main(["--policy", str(shipped_weights(load_preset("tiny_lift")) / "policy_lift"), "--output", str(tmp_path / name), "--evaluation.states", "5", *extra]) == 0
         record = json.loads((tmp_path / name / "evaluations.json").read_text())["policy"]
         outcomes[name] = record["success"], record["finish_step"]
     assert outcomes["states"] == outcomes["seeds"]
     assert len(set(outcomes["seeds"][1])) > 1, "all trials end alike: the comparison above says nothing"
     policy = str(shipped_weights(load_preset("tiny_lift")) / "policy_lift")
-    assert main(["--policy", policy, "--output", str(tmp_path / "chosen"), "--evaluation.states", "2", "--selection"]) == 0
-    assert json.loads((tmp_path / "chosen" / "evaluations.json").read_text())["policy"]["state_id"] == seeds_for("selection", 2)
+    assert main(["--policy", policy, "--output", str(tmp_path / "chosen"), "--evaluation.states", "2", "--selection", "--seed", "3"]) == 0
+    assert json.loads((tmp_path / "chosen" / "evaluations.json").read_text())["policy"]["state_id"] == seeds_for("selection", 2, 3)
     assert json.loads((tmp_path / "chosen" / "ledger.json").read_text())["simulator_steps"] > 0
     assert main(["--policy", policy, "--output", str(tmp_path / "both"), "--selection", "--states", "a.npz"]) == 2
     with pytest.raises(UserError, match="cannot load another"):         # a table of another size, say, would be ignored

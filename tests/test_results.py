@@ -235,6 +235,7 @@ def test_departure_is_measured_against_a_stranger():
     assert found["error_map"][0] == [[10.0] * 8] * 8 and found["error_map"][1] == [[45.0] * 8] * 8
     # a chunk that was never executed does not count
     assert departures(films([[100] * 17, [140] * 17], [16, 8]), dreamt)["departed"] == [0, 0]
+    assert departures(real, films(dreamt.frames[..., 0, 0, 0].tolist(), [16, 8]))["departed"] == [0, 0]
     assert ssim_by_frame(real.frames, real.frames, real.length).tolist() == pytest.approx([1.0] * 17, abs=1e-5)
 
 
@@ -249,6 +250,7 @@ def test_calibration_counts_and_gaps():
 def test_spearman_with_ties(x, y, rho):
     found, low, high = spearman(torch.tensor(x), torch.tensor(y))
     assert found == pytest.approx(rho) and -1 <= low < found < high <= 1
+    if len(x) == 5: assert (low, high) == pytest.approx(tuple(math.tanh(math.atanh(rho) + d * 1.96 * math.sqrt((1 + rho ** 2 / 2) / 2)) for d in (-1, 1)))
     assert spearman(torch.tensor(y), torch.tensor(x))[0] == pytest.approx(rho)
 
 

@@ -229,7 +229,7 @@ def chunk_psnr(first: Tensor, second: Tensor, chunk: int = 8) -> Tensor:
 # %% ../nbs/18_evaluation.ipynb #9bc6b8d7
 def departures(real: TrajectoryBatch, dreamt: TrajectoryBatch, chunk: int = 8) -> dict:
     """When and where a dream leaves its real trial. `psnr`, `stranger`: median dB by chunk, of the dream and of another real
-    trial; `departed`: how many trajectories are first no closer than that stranger in each chunk; `stayed`: how many never.
+    trial; `departed`: how many trajectories are first further off than that stranger in each chunk; `stayed`: how many never.
     `error_map`: mean absolute error by chunk on a grid of 8 x 8 cells, grey levels. Only chunks executed in both count."""
     own, other = chunk_psnr(real.frames, dreamt.frames, chunk), chunk_psnr(real.frames, real.frames.roll(1, 0), chunk)
     # a dream that was judged a success stands still from then on

@@ -454,7 +454,7 @@ def agreement_markdown(cells: list[dict]) -> str:
         markdown_table(["run", "policy", "real failure, dreamt failure", "real failure, dreamt success", "real success, dreamt failure",
                         "real success, dreamt success", "balanced accuracy", "ECE of the dream"], confusions), "",
         "### When and where the dream departs", "", "Where: right in the figure above, both views one above the other. When: median PSNR by chunk, in dB, and in brackets that of a stranger (another real trial); then how many "
-        "trajectories are first no closer than the stranger in each chunk.", "",
+        "trajectories are first further off than the stranger in each chunk.", "",
         markdown_table(["run", "policy", "PSNR by chunk", "departed, by chunk"], _departure_rows(cells)), ""])
 
 # %% ../nbs/29_results.ipynb #89721621
