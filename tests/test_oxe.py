@@ -93,6 +93,13 @@ def test_pictures_are_the_videos(tmp_path):
         assert np.abs(read[t].astype(float) - small).mean() < 8
 
 
+def test_encoding_leaves_the_process_as_it_was(tmp_path):
+    "As root, AV1's encoder would leave it a real-time one, and others without a processor."
+    before = os.sched_getscheduler(0)
+    write_video(tmp_path / "a.mp4", clock(4, (64, 64))[0], 10, "libsvtav1")
+    assert os.sched_getscheduler(0) == before == os.SCHED_OTHER
+
+
 def test_a_data_set_that_others_wrote(tmp_path):
     """Version 3.0 by hand: two files of tables and two of videos, cut at different episodes, numbers that do not begin at 0, lists of any
     length for actions, more columns, a second camera, and episodes in two files of meta/."""

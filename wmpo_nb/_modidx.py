@@ -559,6 +559,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'wmpo_nb.oxe.normalize_actions': ('oxe.html#normalize_actions', 'wmpo_nb/oxe.py'),
                              'wmpo_nb.oxe.pretrain': ('oxe.html#pretrain', 'wmpo_nb/oxe.py'),
                              'wmpo_nb.oxe.read_frames': ('oxe.html#read_frames', 'wmpo_nb/oxe.py'),
+                             'wmpo_nb.oxe.same_scheduling': ('oxe.html#same_scheduling', 'wmpo_nb/oxe.py'),
                              'wmpo_nb.oxe.thin_out': ('oxe.html#thin_out', 'wmpo_nb/oxe.py'),
                              'wmpo_nb.oxe.write_dataset': ('oxe.html#write_dataset', 'wmpo_nb/oxe.py'),
                              'wmpo_nb.oxe.write_video': ('oxe.html#write_video', 'wmpo_nb/oxe.py')},
