@@ -289,8 +289,9 @@ def truth_markdown(cells: list[dict]) -> str:
         settings = {s: select(found, preset=preset, P=P, setting=s) for s in _settings(found, preset, P)}
         rows = [[name, *truth_row(group)] for name, group in settings.items()]
         lines += [f"### Is the dream true? {preset}, P = {P}", "", markdown_table(["dream", *TRUTH_HEAD], rows), ""]
-        if not all(any(c.get("how", [])) for group in settings.values() for c in group.values()): continue
-        lines += ["Real failures that the dream shows as successes, by the way in which they failed:", "",
+        settings = {s: {seed: c for seed, c in group.items() if any(c.get("how", []))} for s, group in settings.items()}      # older cells do not say how
+        if not all(settings.values()): continue
+        lines += [f"Real failures that the dream shows as successes, by the way in which they failed (seeds {', '.join(map(str, settings[rows[0][0]]))}):", "",
                   markdown_table(["the trial", *settings], failure_rows(settings)), "", *false_successes_text(settings), ""]
     return "\n".join(lines)
 
