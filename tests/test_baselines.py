@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from wmpo_nb.presets import GRPOConfig, Preset, UserError, load_preset, seeds_fo
 from wmpo_nb.run import Checkpointer, Run, read_metrics
 from wmpo_nb.training import Diverged
 from wmpo_nb.trajectory import InitialState, rollout
-from wmpo_nb.wmpo import gather
+from wmpo_nb.wmpo import gather, update
 
 CONFIG = GRPOConfig(group_size=4, groups=4, max_draws=2, mini_batch=8, micro_batch=4, learning_rate=1e-3)
 STATES = [InitialState(i, torch.zeros(16, 16, 3, dtype=torch.uint8)) for i in range(40)]
@@ -91,9 +92,9 @@ def weights(policy): return torch.cat([p.detach().flatten() for p in policy.para
 def recorded(): return rollout(new_policy(), Brightness(), STATES, chunks=2, temperature=1.0)
 
 
-def online(budget, world=None, config=CONFIG, **options):
+def online(budget, world=None, config=CONFIG, temperature=1.0, **options):
     world = Metered(world or Brightness())
-    policy = train_online(new_policy(), world, STATES, config, budget=budget, chunks=2, temperature=1.0, **options)
+    policy = train_online(new_policy(), world, STATES, config, budget=budget, chunks=2, temperature=temperature, **options)
     return policy, world
 
 
@@ -113,6 +114,12 @@ def test_trials_without_a_lesson_cost_as_much():
     policy, world = online(64, Never(), log=lambda i, **n: rows.append(n))
     assert 60 < world.trials <= 64 and torch.equal(weights(policy), weights(new_policy()))
     assert rows and all(row["groups"] == row["success"] == 0 for row in rows)
+
+
+def test_what_is_affordable_is_paid_for_in_the_worst_case():
+    found = [(left, affordable(CONFIG, left)) for left in range(CONFIG.group_size, 70)]
+    assert all(1 <= config.groups * config.max_draws * config.group_size <= left for left, config in found)
+    assert [(config.groups, config.max_draws) for left, config in found if left in (4, 12, 16, 69)] == [(1, 1), (3, 1), (4, 1), (4, 2)]
 
 
 def test_a_budget_below_one_group_is_refused():
@@ -163,16 +170,16 @@ def test_the_step_is_the_gradient_of_the_loss(recorded, micro_batch):
     batch = recorded[pairs.T.flatten()]
     mask = action_mask(batch.finish_step, 2)
     assert not mask.all()                                        # some trials end early: their later tokens must not count
-    reference = trajectory_log_probs(new_policy(), batch, mask, 1.0, 4) + torch.linspace(-1, 1, 8)
+    reference = trajectory_log_probs(new_policy(), batch, mask, 0.7, 4) + torch.linspace(-1, 1, 8)
     policy = new_policy()
-    total = torch.stack([(policy.log_probs(batch.frames[b, [0, 8]], batch.tokens[b], 1.0) * mask[b]).sum() for b in range(8)])
+    total = torch.stack([(policy.log_probs(batch.frames[b, [0, 8]], batch.tokens[b], 0.7) * mask[b]).sum() for b in range(8)])
     loss, _ = dpo_loss(*(total - reference).chunk(2), 0.3)
     loss.backward()
     wanted = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
     other = new_policy()
     optimizer = torch.optim.SGD(other.parameters(), lr=0.0)
     numbers = dpo_step(other, optimizer, batch, reference, replace(CONFIG, micro_batch=micro_batch, grad_clip=0.0), beta=0.3,
-                       temperature=1.0, accelerator=Accelerator())
+                       temperature=0.7, accelerator=Accelerator())
     found = torch.cat([p.grad.flatten() for p in other.parameters() if p.grad is not None])
     assert numbers["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
     assert (found - wanted).norm() < 1e-3 * wanted.norm()
@@ -197,17 +204,22 @@ def test_one_sided_data_is_refused(recorded, outcome):
 
 def test_dpo_learns_the_preference_and_resumes_to_the_bit(recorded, tmp_path):
     rows = []
-    def train(policy, folder=None, stop=None):
+    def train(policy, folder=None, stop=None, run=None):
         def log(step, **numbers):
             rows.append(numbers)
             if step == stop: raise KeyboardInterrupt
         checkpoints = Checkpointer(folder, 1) if folder else None
-        return weights(train_dpo(policy, recorded, CONFIG, epochs=2, temperature=1.0, checkpointer=checkpoints, log=log))
-    whole = train(new_policy())
+        return weights(train_dpo(policy, recorded, CONFIG, beta=0.3, epochs=2, temperature=0.7, checkpointer=checkpoints, log=log, run=run))
+    run = Run(tmp_path / "run", Preset(), "test", 0)
+    whole = train(new_policy(), run=run)
+    run.close()
+    pairs, n = CONFIG.mini_batch // 2, int(recorded.success.sum())
+    assert run.ledger.optimiser_steps == len(rows) == 2 * math.ceil(max(n, len(recorded) - n) / pairs)
+    assert rows[-1]["margin"] == pytest.approx(0.3 * (rows[-1]["chosen"] - rows[-1]["rejected"]), rel=1e-4)
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-4) and rows[-1]["loss"] < 0.5
     assert rows[-1]["chosen"] > rows[-1]["rejected"]
-    with pytest.raises(KeyboardInterrupt): train(new_policy(), tmp_path, stop=3)
-    assert torch.equal(train(new_policy(), tmp_path), whole)
+    with pytest.raises(KeyboardInterrupt): train(new_policy(), tmp_path / "checkpoints", stop=3)
+    assert torch.equal(train(new_policy(), tmp_path / "checkpoints"), whole)
 
 
 def test_adapters_are_all_that_changes(recorded, tmp_path):
@@ -245,6 +257,7 @@ def test_the_best_variant_on_selection_states_is_kept_and_none_is_trained_twice(
 
     def train(run, policy, name):
         trained.append(name)
+        assert torch.equal(weights(policy), weights(start())), "each begins with the base policy"
         (run.folder / "checkpoints" / name).mkdir(parents=True, exist_ok=True)
         if name == "broken" and trained.count(name) == 1: raise KeyboardInterrupt
         with torch.no_grad(): next(policy.parameters()).fill_(rates[name])
@@ -263,11 +276,16 @@ def test_the_best_variant_on_selection_states_is_kept_and_none_is_trained_twice(
     assert try_variants(run, start, trainers, 4, 0)["chosen"] == "broken"
     run.close()
     assert trained == ["worse", "better", "broken", "broken"]
+    assert try_variants(Run(tmp_path / "alone", Preset(), "test", 0), start, {"worse": trainers["worse"]}, 4, 0)["worse"]["selection_success"] is None
     kept = OpenVLAOFT.from_pretrained(tmp_path / "run/policy")
     assert float(next(kept.parameters()).detach().mean()) == 0.75
 
 
 def test_training_and_choosing_have_states_of_their_own_and_the_settings_of_the_preset(tmp_path, monkeypatch):
+    class Idle(nullcontext):
+        steps = 0
+        def __init__(self, task, workers, **options): super().__init__()
+
     trained, chosen = [], []
     def practise(policy, world, states, config, *, run, stage, **options):
         trained.append(([s.state_id for s in states], config, options))
@@ -275,8 +293,9 @@ def test_training_and_choosing_have_states_of_their_own_and_the_settings_of_the_
     def clone(policy, batch, config, **options): trained.append((batch, config, options))
     def examine(policy, world, states, **options):
         chosen.append(([s.state_id for s in states], options))
+        Idle.steps += 10
         return SimpleNamespace(rate=0.5)
-    for name, double in (("train_online", practise), ("train_dpo", clone), ("evaluate", examine)): monkeypatch.setattr(baselines, name, double)
+    for name, double in (("train_online", practise), ("train_dpo", clone), ("evaluate", examine), ("Simulator", Idle)): monkeypatch.setattr(baselines, name, double)
     new_policy().save_pretrained(tmp_path / "start")
     start = partial(OpenVLAOFT.from_pretrained, tmp_path / "start")
     run = Run(tmp_path / "grpo", load_preset("tiny_lift", {"collect.trajectories": "8", "collect.temperature": "0.9"}), "test", 3)
@@ -287,25 +306,31 @@ def test_training_and_choosing_have_states_of_their_own_and_the_settings_of_the_
     run_dpo(run, start, "the batch", rates=(0.5, 0.25), beta=0.2, epochs=3, selection=5, workers=0)
     assert [config.learning_rate / run.preset.grpo.learning_rate for _, config, _ in trained[2:]] == [0.25, 0.5]
     assert all((batch, o["beta"], o["epochs"], o["temperature"], o["seed"]) == ("the batch", 0.2, 3, 0.9, 3) for batch, _, o in trained[2:])
+    assert [o["checkpointer"].folder.name for _, _, o in trained] == ["large", "small", "0.25", "0.5"]     # none goes on from another's
+    assert run.ledger.simulator_steps == 40
     assert chosen == [(seeds_for("selection", 5, 3), {"chunks": run.preset.task.chunks})] * 4            # greedy, which is what evaluate is
     run.close()
 
 
 def test_each_epoch_pairs_anew_and_each_iteration_throws_other_dice(recorded, monkeypatch):
-    pairs, seeds = [], []
+    pairs, seeds, temperatures = [], [], set()
     monkeypatch.setattr(baselines, "pair_up", lambda success, seed: pairs.append(pair_up(success, seed)) or pairs[-1])
-    train_dpo(new_policy(), recorded, CONFIG, epochs=2, temperature=1.0)
-    assert len(pairs) == 2 and not torch.equal(*pairs)
-    monkeypatch.setattr(baselines, "gather", lambda *arguments, seed, **options: seeds.append(seed) or gather(*arguments, seed=seed, **options))
-    online(40)
-    assert len(seeds) > 1 and len({*seeds}) == len(seeds)
+    for seed in (0, 1): train_dpo(new_policy(), recorded[:12], CONFIG, epochs=2, temperature=1.0, seed=seed)
+    assert len({tuple(found.flatten().tolist()) for found in pairs}) == len(pairs) == 4
+    def warm(function): return lambda *arguments, temperature, **options: temperatures.add(temperature) or function(*arguments, temperature=temperature, **options)
+    monkeypatch.setattr(baselines, "gather", warm(lambda *arguments, seed, **options: seeds.append(seed) or gather(*arguments, seed=seed, **options)))
+    monkeypatch.setattr(baselines, "update", warm(update))
+    for seed in (0, 1): online(36, temperature=0.7, seed=seed)
+    assert len(seeds) > 3 and len({*seeds}) == len(seeds) and temperatures == {0.7}
 
 
 def test_dpo_clips_its_gradient(recorded):
     from accelerate import Accelerator
     batch, policy = recorded[pair_up(recorded.success, 0)[:4].T.flatten()], new_policy()
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
-    numbers = dpo_step(policy, optimizer, batch, torch.zeros(8), replace(CONFIG, grad_clip=1e-3), beta=0.3, temperature=1.0, accelerator=Accelerator())
+    step = partial(dpo_step, policy, optimizer, batch, torch.zeros(8), replace(CONFIG, grad_clip=1e-3), beta=0.3, temperature=1.0, accelerator=Accelerator())
+    numbers = step()
+    assert step() == pytest.approx(numbers), "nothing is left of the gradient before"
     norm = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]).norm()
     assert numbers["grad_norm"] > 1e-2 and float(norm) == pytest.approx(1e-3, rel=1e-3)
 

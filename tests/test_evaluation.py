@@ -1,6 +1,7 @@
 "Intervals, tests and fidelity numbers against values known from elsewhere."
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -107,6 +108,20 @@ def test_evaluate_is_greedy_and_does_not_depend_on_the_batch():
     assert Evaluation.from_dict(json.loads(json.dumps(one.to_dict()))).to_dict() == one.to_dict()
 
 
+def test_trials_and_replays_throw_the_dice_of_their_seed():
+    from wmpo_nb.trajectory import rollout
+    class Shaky(Ramp):
+        def reset(self, states, streams):
+            self.drift = streams.uniform(())
+            return super().reset(states, streams)
+
+    policy = Step(1.0)
+    one, same, other = (evaluate(policy, Shaky(), STATES, chunks=2, batch=size, seed=seed, temperature=0.5) for size, seed in ((8, 3), (3, 3), (8, 4)))
+    assert policy.temperatures == {0.5} and one.to_dict() == same.to_dict() != other.to_dict()
+    real = rollout(policy, Shaky(), STATES, chunks=2, seed=3)
+    assert torch.equal(replay(Shaky(), real, seed=3).frames, real.frames) and not torch.equal(replay(Shaky(), real, seed=4).frames, real.frames)
+
+
 def test_relative_length_counts_successes_only():
     base = Evaluation(torch.arange(3), torch.tensor([True, True, False]), torch.tensor([10, 30, 64]))
     other = Evaluation(torch.arange(3), torch.tensor([True, False, False]), torch.tensor([10, 64, 64]))
@@ -177,6 +192,15 @@ def test_psnr_by_hand_and_only_where_executed():
     psnr = psnr_by_frame(real, dreamt, torch.tensor([1, 1]))
     assert psnr[0] == 100 and float(psnr[1]) == pytest.approx(10 * math.log10(255 ** 2 / 250), abs=1e-4)
     assert math.isnan(psnr[2])
+
+
+def test_fidelity_is_asked_to_the_end_of_the_real_trial():
+    "The dream of the first trial believed in success after eight steps, and stands still; the second trial ended there."
+    real = trajectories(Step(2.0), Ramp())[:2]
+    real.length = torch.tensor([16, 8])
+    dreamt = replace(real, frames=real.frames.clone(), length=torch.tensor([8, 16]))
+    dreamt.frames[:, 9:] += torch.tensor([10, 60], dtype=torch.uint8)[:, None, None, None, None]
+    assert agreement(real, dreamt).psnr == pytest.approx([100.0] * 9 + [10 * math.log10(255 ** 2 / 100)] * 8, abs=1e-3)
 
 
 def test_agreement_refuses_different_actions():

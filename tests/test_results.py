@@ -9,8 +9,9 @@ import torch
 
 from wmpo_nb.evaluation import (Evaluation, calibration, chunk_psnr, departures, spearman, ssim, ssim_by_frame, verdict_flips, wilson)
 from wmpo_nb.presets import UserError
-from wmpo_nb.results import (_in_order, PAPER_TABLE1, best_baseline, checkpoint_correlation, compare, disruptions_figure, gained_groups, gained_markdown, holm, lifelong_comparisons, lifelong_figure, noise_figure, outcome, page_markdown, paper_table1,
-                             pooled_rate, read_result, recoveries_markdown, relative_steps, seeds_lines, select, table1_comparisons, table1_rows, truth_markdown, truth_row,
+from wmpo_nb.results import (_calibration_points, _in_order, PAPER_TABLE1, best_baseline, checkpoint_correlation, compare, disruptions_figure, disruptions_markdown, gained_comparisons,
+                             gained_groups, gained_markdown, holm, lifelong_comparisons, lifelong_figure, noise_figure, noise_markdown, outcome, page_markdown, paper_table1,
+                             pooled_rate, read_result, recoveries_markdown, relative_steps, seeds_lines, select, table1_comparisons, table1_rows, truth_figure, truth_markdown, truth_row,
                              variants_text, verdicts, without_covered, write_pages)
 from wmpo_nb.trajectory import TrajectoryBatch
 
@@ -57,6 +58,14 @@ def test_pooling_lengths_and_the_best_baseline():
     assert rows["base policy"][6] == "0" and rows["WMPO"][6] == "128"
 
 
+def test_the_best_baseline_has_the_best_rate_and_costs_are_those_of_one_seed():
+    def costs(seed): return {"real_trajectories": 128, "imagined_frames": 1000 * seed, "seconds": {"collect": 900, "evaluate": 900, "agreement": 900, "grpo": 360 + 240 * seed, "selection": 60}}
+    cells = CELLS[:4] + [cell("dpo", "1111" * 16)] + [cell("wmpo", "1110" * 16, seed, ledger=costs(seed)) for seed in (0, 1)]
+    rows = {row[0]: row for row in table1_rows(cells, "tiny_lift", 128)}
+    assert "DPO (best baseline)" in rows and rows["WMPO"][4].startswith("-25.0 (")          # one seed of DPO, two of GRPO: fewer successes in all
+    assert rows["WMPO"][6:] == ["128", "500", "9"]
+
+
 def test_what_was_chosen_is_said():
     cells = [*CELLS[:3], cell("dpo", "1" * 8, 1, variants={"0.01": {}, "chosen": "0.01"}), cell("dpo", "1" * 8, 0, variants={"0.03": {}, "chosen": "0.03"})]
     assert variants_text(cells, "tiny_lift", 128) == "Chosen on selection states: DPO: 0.03, 0.01 (of 0.03, 0.01)."
@@ -87,6 +96,23 @@ def test_what_is_not_significant_is_said():
     assert gains(30, 31)[-1] == "higher for these policies; two trainings only |" and gains(30, 31)[3] == "" and "one training" in gains(30)[-1]
     # 0.04 alone would pass, with three others it does not (Holm)
     assert holm({"a": 0.04}) == {"a"} and holm({"a": 0.04, "b": 0.5}) == set()
+
+
+def test_holm_relaxes_step_by_step_and_stops_at_the_first_failure():
+    assert holm({"c": 0.03, "a": 0.001, "d": 0.6, "b": 0.015}) == {"a", "b"}          # limits: 0.0125, 0.0167, 0.025, 0.05
+    assert holm({"a": 0.02, "b": 0.021, "c": 0.04}) == set()
+
+
+def test_every_comparison_has_its_own_two_sides_and_is_the_later_minus_the_earlier():
+    def won(method, k, **more): return cell(method, "1" * k + "0" * (16 - k)) | more
+    def gains(comparisons): return [round(16 * found["difference"][0]) for found in comparisons.values()]
+    cells = [won("base", 2)] + [won(m, k, P=P) for P, counts in ((128, (4, 5, 9)), (512, (7, 11, 16))) for m, k in zip(("grpo", "dpo", "wmpo"), counts)]
+    assert gains(table1_comparisons(cells)) == [2, 3, 7, 5, 4, 5, 9, 14, 9, 5, 3, 6, 7]
+    assert gains(gained_comparisons([*cells, won(None, 12, ablation="temperature", variant="1.6")])) == [10, 3]
+    rounds = [won("wmpo", k, round=r) for r, k in enumerate((2, 5, 11))] + [won("imitation", k, round=r + 1) for r, k in enumerate((4, 6))]
+    assert gains(lifelong_comparisons(rounds)) == [3, 1, 6, 5]
+    disrupted = disruptions_markdown([won(m, k, P=128, disruption=d) for m, counts in (("base", (12, 2)), ("wmpo", (14, 8))) for d, k in zip(("none", "position"), counts)])
+    assert "none: WMPO against base | +12.5 (" in disrupted and "position: WMPO against base | +37.5 (" in disrupted and "policy against base" not in disrupted
 
 
 def test_the_papers_numbers_are_shares_of_128():
@@ -263,6 +289,24 @@ def test_flips_are_counted_with_an_interval():
     found = verdict_flips(torch.tensor([True, False, True, True]), torch.tensor([True, True, True, False]))
     assert (found["differ"], found["n"], found["share"]) == (2, 4, 0.5)
     assert found["interval"] == [round(x, 4) for x in wilson(2, 4)]
+
+
+def test_only_what_was_executed_by_a_trial_and_its_stranger_counts():
+    "The third of three trials ended after its first chunk; its dream goes astray after that. It is the stranger of the first."
+    real, dreamt = films([[100] * 17, [140] * 17, [200] * 17], [16, 16, 8]), films([[100] * 17, [140] * 17, [200] * 9 + [0] * 8], [16, 16, 16])
+    found = departures(real, dreamt)
+    assert found["departed"] == [0, 0] and found["stranger"] == pytest.approx([20 * math.log10(255 / off) for off in (60, 40)], abs=1e-3)
+    assert ssim_by_frame(real.frames, dreamt.frames, real.length).tolist() == pytest.approx([1.0] * 17, abs=1e-5)
+
+
+def test_curves_are_means_of_their_own_setting_at_the_ends_of_chunks():
+    cells = [truth(s, [[1, 0], [0, 1]], [1, 2], [1, 2]) | {"setting": name, "psnr": [100.0, level]} for s, name, level in ((0, "a", 20.0), (1, "a", 30.0), (0, "b", 10.0))]
+    assert [list(line.get_ydata()) for line in truth_figure(cells).axes[0].lines] == [[25.0], [10.0]]
+    curves = [{"preset": "tiny_lift", "P": 128, "seed": s, "noise": 50, "chunk": 2, "steps": 9, "start": 0, "ssim": [1, 0.9, 0.8, 0.7, 0.6], "psnr": [None, 1.0, 20.0 + 4 * s, 3.0, end]}
+              for s, end in ((0, 30.0), (1, None))]
+    assert "| 50 of 1000 | 22.0 dB, 0.800 | 30.0 dB, 0.600 | 2 |" in noise_markdown(curves)
+    bins = [[{"n": n, "confidence": c, "successes": k}] + [{"n": 0, "confidence": None, "successes": 0}] * 4 for n, c, k in ((1, 0.1, 0), (3, 0.2, 1))]
+    assert _calibration_points([{"policies": [{"calibration": {"bins": b}} for b in bins]}]) == [(pytest.approx(0.7 / 4), 1, 4)]
 
 
 def test_the_pages_are_those_of_the_recorded_results():

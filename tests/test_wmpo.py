@@ -9,7 +9,7 @@ import torch
 
 from helpers import SMALL, STATS
 from wmpo_nb.policy import OpenVLAOFT
-from wmpo_nb.presets import GRPOConfig, Preset, UserError
+from wmpo_nb.presets import GRPOConfig, Preset, UserError, load_preset, seeds_for
 from wmpo_nb.run import Checkpointer, Run, Stopped, heed_sigterm, read_metrics, told_to_stop
 from wmpo_nb.training import make_optimizer
 from wmpo_nb.trajectory import InitialState, rollout, write_shard
@@ -78,8 +78,8 @@ def test_states_are_drawn_without_repetition_and_by_seed():
     assert len(draw_states(STATES, 99, 0)) == len(STATES)
 
 
-def collected(config=CONFIG, seed=0, world=None):
-    return gather(new_policy(), world or Brightness(), STATES, config, chunks=2, temperature=1.0, seed=seed)
+def collected(config=CONFIG, seed=0, world=None, temperature=1.0, **options):
+    return gather(new_policy(), world or Brightness(), STATES, config, chunks=2, temperature=temperature, seed=seed, **options)
 
 
 def test_gather_returns_whole_informative_groups_and_no_surplus():
@@ -90,6 +90,7 @@ def test_gather_returns_whole_informative_groups_and_no_surplus():
         assert len(groups) == numbers["groups"] <= CONFIG.groups
         assert (batch.state_id.view(-1, 4) == batch.state_id[::4, None]).all()
         assert batch.member.tolist() == list(range(4)) * len(groups)
+        assert batch.frames.shape[1] == 3, "only the frames of decisions, and the last, are kept"
         assert numbers["kept_share"] == pytest.approx(len(groups) * 4 / numbers["trajectories"])
 
 
@@ -105,6 +106,39 @@ def test_later_draws_ask_only_for_what_is_missing():
     assert Counting.drawn[0] == CONFIG.groups and len(Counting.drawn) > 1, "choose a seed with dropped groups"
     assert Counting.drawn == sorted(Counting.drawn, reverse=True)
     assert numbers["groups"] <= CONFIG.groups and sum(Counting.drawn) * CONFIG.group_size == numbers["trajectories"]
+
+
+def test_draws_are_rounded_up_and_have_states_and_dice_of_their_own():
+    class Recording(Always):
+        def reset(self, states, streams):
+            drawn.append(([state.state_id for state in states[::CONFIG.group_size]], [g.initial_seed() for g in streams.generators]))
+            return super().reset(states, streams)
+
+    drawn, config = [], replace(CONFIG, groups=7, draw_multiple=4, max_draws=3, rollout_groups=99)
+    with pytest.raises(NothingToLearn): collected(config, world=Recording(False))
+    assert [len(states) for states, _ in drawn] == [8, 8, 8] and len({tuple(states) for states, _ in drawn}) == 3
+    assert len({seed for _, seeds in drawn for seed in seeds}) == 3 * 8 * CONFIG.group_size          # also where two draws share a state
+
+
+def test_groups_are_kept_between_the_configured_shares_and_not_counted_as_tried_when_they_waited():
+    batch, _ = collected(replace(CONFIG, accuracy_low=0.5, accuracy_high=0.5))
+    assert batch.success.view(-1, 4).sum(1).unique().tolist() == [2]
+    assert collected(replace(CONFIG, accuracy_low=0.0, accuracy_high=1.0))[1]["kept_share"] == 1
+    more, numbers = collected(waiting=batch[:4], seed=1)
+    assert torch.equal(more.tokens[:4], batch.tokens[:4]) and len(more) - 4 == pytest.approx(numbers["kept_share"] * numbers["trajectories"])
+
+
+def test_scores_are_counted_by_tenths_where_the_world_gives_any():
+    class Scored(Brightness):
+        def judge(self, batch):
+            batch = super().judge(batch)
+            batch.score = torch.where(batch.success, 0.95, 0.15)
+            return batch
+
+    _, numbers = collected(world=Scored())
+    won = round(numbers["success"] * numbers["trajectories"])
+    assert numbers["score_histogram"] == [0, numbers["trajectories"] - won, *[0] * 7, won] and 0 < won < numbers["trajectories"]
+    assert "score_histogram" not in collected()[1]
 
 
 def test_gather_is_a_function_of_the_seed():
@@ -141,11 +175,11 @@ def test_recomputed_log_probs_are_those_of_the_rollout():
     torch.testing.assert_close(log_probs.detach(), batch.log_probs.flatten(0, 1), atol=1e-4, rtol=0)
 
 
-def one_update(config, batch, policy, stale=0):
+def one_update(config, batch, policy, stale=0, temperature=1.0, start=None):
     from accelerate import Accelerator
     accelerator = Accelerator()
     optimizer = accelerator.prepare(make_optimizer(policy.named_parameters(), config))
-    numbers = update(policy, optimizer, batch, config, temperature=1.0, accelerator=accelerator, stale=stale)
+    numbers = update(policy, optimizer, batch, config, temperature=temperature, accelerator=accelerator, stale=stale, start=start)
     return numbers, torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
 
 
@@ -156,6 +190,30 @@ def test_result_does_not_depend_on_the_size_of_the_passes():
         numbers, other = one_update(replace(CONFIG, mini_batch=16, micro_batch=micro_batch), batch, new_policy())
         torch.testing.assert_close(other, gradient, atol=1e-6, rtol=0)
         assert numbers == pytest.approx(reference | {"moved": numbers["moved"]}, abs=1e-6)        # that is of one pass
+
+
+def test_a_mini_batch_has_a_gradient_of_its_own():
+    batch, _ = collected()
+    (numbers, last), (_, alone) = (one_update(replace(CONFIG, learning_rate=0.0, grad_clip=0.0), part, new_policy()) for part in (batch, batch[-8:]))
+    assert len(batch) == 16 and numbers["optimiser_steps"] == 2
+    torch.testing.assert_close(last, alone, atol=1e-6, rtol=0)
+
+
+def test_trials_and_what_is_recomputed_of_them_have_the_temperature_that_was_asked_for():
+    batch, _ = collected(temperature=0.5)
+    numbers, _ = one_update(replace(CONFIG, learning_rate=0.0), batch, new_policy(), stale=len(batch), temperature=0.5, start=new_policy())
+    assert [numbers[name] for name in ("approx_kl", "clip_fraction", "moved", "start_kl")] == pytest.approx([0.0] * 4, abs=1e-5)
+
+
+def test_what_is_logged_is_a_mean_over_trials_of_means_over_the_actions_before_their_ends():
+    batch, _ = collected()
+    policy, start = new_policy(), new_policy(seed=1)
+    numbers, _ = one_update(replace(CONFIG, learning_rate=0.0), batch, policy, start=start)
+    pairs, taken = torch.ones(batch.tokens.shape[:2]).nonzero(), torch.arange(2 * 56) < 7 * batch.finish_step[:, None]
+    (now, entropy), (then, _) = (token_statistics(p, batch, pairs, 1.0) for p in (policy, start))
+    mean = lambda values: float(((values.detach().view(taken.shape) * taken).sum(1) / taken.sum(1)).mean())
+    assert not taken.all() and mean(kl_to_start(now, then)) > 1e-3
+    assert (numbers["entropy"], numbers["start_kl"]) == pytest.approx((mean(entropy), mean(kl_to_start(now, then))), rel=1e-4)
 
 
 def test_first_step_is_on_policy_and_raises_the_successes():
@@ -284,6 +342,7 @@ def test_the_policy_that_did_best_when_greedy_is_kept(tmp_path):
     kept = max(range(4), key=lambda i: (validations[i], i))     # the mean of one iteration's weights is these weights
     assert torch.equal(weights(policy), latest[kept]) and len(set(validations)) > 1
     assert validate(policy, Brightness(), STATES, config, 2)["validation"] == max(validations)
+    assert {*validations} <= {0.0, 1.0}, "greedy trials from pictures all alike end alike"
     train_and_stop(2, tmp_path, config=config)
     assert torch.equal(weights(policy), weights(train(new_policy(seed=5), config=config, checkpointer=Checkpointer(tmp_path, 1))))
 
@@ -391,9 +450,10 @@ def test_a_number_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_pat
 
 def test_an_update_that_runs_away_is_noticed_after_its_last_step(tmp_path):
     "With one mini-batch nothing is measured between the step and the next iteration."
-    config = replace(CONFIG, mini_batch=64, learning_rate=0.3, grad_clip=1e9)
-    with pytest.raises(RuntimeError, match="the update moved the policy by .* nats a token at step"):
-        train(new_policy(), config=config, checkpointer=Checkpointer(tmp_path, 1))
+    for rate, moved in ((0.3, r"\d"), (1e30, "nan")):
+        config = replace(CONFIG, mini_batch=64, learning_rate=rate, grad_clip=1e9)
+        with pytest.raises(RuntimeError, match=f"the update moved the policy by {moved}.* nats a token at step"):
+            train(new_policy(), config=config, checkpointer=Checkpointer(tmp_path / moved[-1], 1))
     numbers = []
     train(new_policy(), config=replace(CONFIG, mini_batch=64), log=lambda iteration, **kwargs: numbers.append(kwargs))
     assert all(abs(n["approx_kl"]) < 1e-6 and 1e-6 < abs(n["moved"]) < 0.1 for n in numbers)
@@ -463,8 +523,25 @@ def test_a_policy_that_has_learned_all_there_is_is_written(capsys, monkeypatch, 
     # trials without a lesson are spent too: both draws of the last iteration
     spent = json.loads((tmp_path / "out/ledger.json").read_text())["imagined_frames"] if iterations else 0
     logged = sum(entry["frames"] for entry in read_metrics(tmp_path / "out"))
+    assert not iterations or json.loads((tmp_path / "out/ledger.json").read_text())["real_initial_frames"] == len(STATES)
     assert not iterations or spent - logged == 2 * 8 * 8 * 16
     if iterations: assert not torch.equal(weights(OpenVLAOFT.from_pretrained(tmp_path / "out/policy")), weights(new_policy()))
+
+
+def test_practice_in_the_simulator_begins_at_collection_states_and_pays_with_real_trials(monkeypatch, tmp_path):
+    asked = []
+    def practise(policy, world, states, config, *, run, log, checkpointer, **options):
+        asked.append(([state.state_id for state in states], config, options))
+        log(0, frames=48, trajectories=3)
+    monkeypatch.setattr("wmpo_nb.wmpo.train_wmpo", practise)
+    monkeypatch.setattr("wmpo_nb.simulator.Simulator", lambda task: Brightness())
+    words = ["--world", "simulator", "--collect.trajectories", "5", "--collect.temperature", "0.9", "--grpo.groups", "3", "--seed", "7", "--task.horizon", "16"]
+    assert main([*arguments(tmp_path), *words]) == 0
+    [(states, config, options)] = asked
+    assert states == seeds_for("collection", 5, 7) and options == {"chunks": 2, "temperature": 0.9, "seed": 7}
+    assert config == load_preset("tiny_lift", {"grpo.groups": "3"}).grpo
+    ledger = json.loads((tmp_path / "out/ledger.json").read_text())
+    assert [ledger[name] for name in ("simulator_steps", "real_trajectories", "imagined_frames", "real_initial_frames")] == [48, 3, 0, 0]
 
 
 def test_command_says_which_part_of_the_dream_is_missing(capsys, tmp_path):
@@ -485,7 +562,8 @@ def test_starts_of_the_same_number_are_told_apart(tmp_path):
     "Released numbers have 8 bits: two starts of one number would be dreamt alike."
     batch = rollout(new_policy(), Brightness(), STATES[:3], chunks=1)
     write_shard(tmp_path / "a.tar", batch)
-    assert [state.state_id for state in dream_starts(tmp_path)] == [0, 1, 2]
+    starts = dream_starts(tmp_path)
+    assert [state.state_id for state in starts] == [0, 1, 2] and all(torch.equal(state.frame, frame) for state, frame in zip(starts, batch.frames[:, 0]))
     batch.state_id[:] = 7
     write_shard(tmp_path / "a.tar", batch)
     assert len({state.state_id for state in dream_starts(tmp_path)}) == 3
